@@ -31,8 +31,12 @@ ARRAYS = ("latent", "latent_flip", "text", "text_flip", "vision", "vision_flip",
 STRINGS = ("id", "caption", "caption_flip", "pixel_hash")
 
 
-class DatasetError(ValueError):
-    """A data set that is missing, unfinished, damaged or of another kind; the message says what to do."""
+class InputError(ValueError):
+    """The call or the input is wrong: the message names what, and what to do; commands end with exit code 2."""
+
+
+class DatasetError(InputError):
+    """A data set that is missing, unfinished, damaged or of another kind."""
 
 
 class Array(tfds.features.FeatureConnector):

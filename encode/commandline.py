@@ -1,0 +1,84 @@
+"""What our commands share: a configuration file with overrides, one clear sentence for wrong input, exit codes.
+
+0 done, 1 the work failed, 2 the call or the input is wrong, 3 stopped on request with everything saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from encode.records import InputError
+
+
+def run(main: Callable[..., int], *, config: str | None = None) -> None:
+    """Parse the command line, call main, and leave the process with its exit code.
+
+    Args:
+      main: takes the configuration (or nothing where `config` is None), returns an exit code.
+      config: default of --config, a Python file with get_config(arg), given as FILE or FILE:ARG.
+    """
+    absl_logging.use_absl_handler()
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+    absl_logging.set_verbosity(absl_logging.INFO)
+    absl_logging.set_stderrthreshold(absl_logging.INFO)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    for noisy in ("orbax", "jax", "tensorflow_datasets", "grain"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        options = _parse(config)
+        code = main(options) if config else main()
+    except InputError as error:
+        code = fail(str(error), 2)
+    except KeyboardInterrupt:
+        code = fail("Stopped.", 3)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        code = fail(f"{error.filename or 'file'}: {error.strerror}.", 1)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def fail(message: str, code: int = 1) -> int:
+    """Say what is wrong in one sentence on the standard error stream, and give the exit code."""
+    print(f"Error: {message}", file=sys.stderr)
+    return code
+
+
+def _parse(default: str | None) -> Any:
+    """The configuration with its overrides; what cannot be understood is an InputError that names the nearest field."""
+    holder = config_flags.DEFINE_config_file("config", default, lock_config=True) if default else None
+    try:
+        rest = flags.FLAGS(sys.argv)
+        config = holder.value if holder is not None else None
+        if holder is not None and not hasattr(config, "to_json_best_effort"):
+            name = flags.FLAGS["config"].default if "config" not in sys.argv else sys.argv
+            raise InputError(f"--config={name}: no such configuration file, or it cannot be read.")
+    except flags.Error as error:
+        raise InputError(str(error).strip()) from error
+    except (AttributeError, KeyError) as error:
+        words = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\n", " ").replace("\\", "")
+        field = re.search(r"instead of \"(\w+)\"", words)
+        nearest = re.search(r"Did you mean \"(\w+)\"", words)
+        given = next((a for a in sys.argv[1:] if field and field.group(1) in a), " ".join(sys.argv[1:]))
+        advice = f"the nearest is {nearest.group(1)!r}" if nearest else f"{words.strip()}"
+        raise InputError(f"{given}: the configuration has no such field; {advice}.") from error
+    except FileNotFoundError as error:
+        raise InputError(f"--config: {error.filename or error}: no such file.") from error
+    if rest[1:]:
+        raise InputError(f"{' '.join(rest[1:])}: not understood; fields are given as --config.section.field=value.")
+    return config
+
+
+def path_of(folder: str) -> Path:
+    """A path as a person writes it, ~ included."""
+    return Path(folder).expanduser()

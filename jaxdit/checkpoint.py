@@ -1,0 +1,205 @@
+"""Orbax checkpoints: WORKDIR/checkpoints/N/{state,ema,data}, the EMA restorable alone.
+
+state is everything training needs to go on, ema the averaged weights that sampling uses, data the position in the data.
+A step is written in the background under another name and renamed when it is complete, so a folder N is a whole
+checkpoint or none. Old steps lose state and data first and keep their EMA, as a record of the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from encode.records import InputError
+
+SNAPSHOTS, LONG_INTERVAL = 10, 50_000  # EMA snapshots kept: the newest ten, and one in so many steps for good
+ITEMS = ("state", "ema", "data")
+
+
+class Checkpoints:
+    """The checkpoints of one working folder.
+
+    Args:
+      workdir: the working folder.
+      every: distance of the EMA snapshots, in steps.
+      keep: number of newest steps that stay resumable.
+    """
+
+    def __init__(self, workdir: str | Path, *, every: int, keep: int):
+        self.folder = Path(workdir).resolve() / "checkpoints"
+        self.every, self.keep = every, keep
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+    def steps(self, item: str = "state") -> list[int]:
+        """The steps at which `item` was saved completely, ascending."""
+        return saved_steps(self.folder.parent, item)
+
+    def save(self, step: int, state: Any, ema: Any, data: dict[str, Any]) -> None:
+        """Start saving in the background; the arrays are copied before this returns.
+
+        Raises:
+          OSError, RuntimeError: the save before this one failed.
+        """
+        self._writer.wait_until_finished()
+        target = self.folder / str(step)
+        if target.exists():
+            return
+        self._writer.save(
+            target,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), ema=ocp.args.StandardSave(ema), data=ocp.args.JsonSave(data)
+            ),
+        )
+
+    def check(self) -> None:
+        """Raise the error of a failed background save, if there is one."""
+        self._writer.check_for_errors()
+
+    def wait(self) -> None:
+        """Wait for the save in hand, then remove what is no longer kept."""
+        self._writer.wait_until_finished()
+        self._prune()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def restore(self, state: Any, ema: Any) -> tuple[int, Any, Any, dict[str, Any]] | None:
+        """The newest complete step that can be read.
+
+        Args:
+          state, ema: trees of arrays or shapes like those saved, with the shardings wanted.
+
+        Returns:
+          (step, state, ema, data), or None where nothing has been saved yet.
+
+        Raises:
+          InputError: a checkpoint of another model, or none of the saved ones can be read.
+        """
+        steps = [step for step in self.steps() if all((self.folder / str(step) / item).is_dir() for item in ITEMS)]
+        for step in reversed(steps):
+            check_shapes(self.folder / str(step) / "state", state)
+            try:
+                reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+                restored = reader.restore(
+                    self.folder / str(step),
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(_abstract(state)),
+                        ema=ocp.args.StandardRestore(_abstract(ema)),
+                        data=ocp.args.JsonRestore(),
+                    ),
+                )
+                return step, restored["state"], restored["ema"], restored["data"]
+            except Exception as error:  # whatever the damage is, the step before may be whole
+                logging.warning("Step %d cannot be read (%s); trying the one before.", step, _first_line(error))
+        if steps:
+            raise InputError(f"{self.folder}: none of the steps {steps} can be read; restore the folder from a backup.")
+        return None
+
+    def _prune(self) -> None:
+        resumable = self.steps("state")
+        snapshots = [step for step in self.steps("ema") if step % self.every == 0]
+        long = {step for step in snapshots if step % LONG_INTERVAL == 0}
+        wanted = set(resumable[-self.keep :]) | set(snapshots[-SNAPSHOTS:]) | long
+        for step in self.steps("ema"):
+            if step not in wanted:
+                _remove(self.folder / str(step))
+            elif step not in resumable[-self.keep :]:
+                for item in ("state", "data"):
+                    _remove(self.folder / str(step) / item)
+
+
+def saved_steps(workdir: str | Path, item: str = "ema") -> list[int]:
+    """The steps of WORKDIR at which `item` ("state" or "ema") was saved completely, ascending."""
+    folder = Path(workdir) / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit() and (child / item).is_dir())
+
+
+def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None, raw: bool = False) -> tuple[int, Any]:
+    """The weights of one step, alone: the EMA, or the raw parameters.
+
+    Args:
+      workdir: a working folder.
+      shapes: tree of shapes of the parameters.
+      step: which; None: the newest.
+      raw: take the raw parameters instead of the EMA.
+
+    Returns:
+      (step, parameters).
+
+    Raises:
+      InputError: no such step, or it belongs to another model.
+    """
+    item = "state" if raw else "ema"
+    steps = saved_steps(workdir, item)
+    if not steps or (step is not None and step not in steps):
+        found = f"steps {', '.join(map(str, steps))}" if steps else "none"
+        raise InputError(f"{workdir}/checkpoints: {item} of step {step or 'any'} wanted, found {found}; train first.")
+    step = steps[-1] if step is None else step
+    folder = Path(workdir).resolve() / "checkpoints" / str(step) / item
+    target = {"params": shapes} if raw else shapes
+    check_shapes(folder, target)
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), target)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    weights = reader.restore(
+        folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+    )
+    return step, weights["params"] if raw else weights
+
+
+def check_shapes(folder: Path, target: Any) -> None:
+    """Refuse a checkpoint whose arrays differ from `target`'s: Orbax restores another depth without a word.
+
+    Raises:
+      InputError: names the first differing array and both shapes.
+    """
+    try:
+        saved = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+    except Exception as error:
+        logging.warning("%s: its description cannot be read (%s).", folder, _first_line(error))
+        return
+    saved = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(target):
+        name = _names(path)
+        if name not in saved:
+            raise InputError(f"{folder}: the array {'.'.join(name)} is missing; this checkpoint is of another model.")
+        if tuple(saved[name].shape) != tuple(leaf.shape) or np.dtype(saved[name].dtype) != np.dtype(leaf.dtype):
+            raise InputError(
+                f"{folder}: {'.'.join(name)} has shape {list(saved[name].shape)} ({saved[name].dtype}), the configuration "
+                f"asks for {list(leaf.shape)} ({np.dtype(leaf.dtype)}); use the configuration that the run began with."
+            )
+
+
+def _names(path) -> tuple[str, ...]:
+    """A tree path as plain names, alike for dicts, tuples and named tuples."""
+    return tuple(str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part)))) for part in path)
+
+
+def _abstract(tree: Any) -> Any:
+    def shape(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+    return jax.tree.map(shape, tree)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder so that a kill in between leaves nothing that looks complete."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,230 @@
+"""Shards to batches: one bucket a micro-batch, in an order that is a function of (seed, micro-batch) alone.
+
+Each bucket is an endless chain of permutations seeded by (seed, bucket, epoch), cut into micro-batches across the ends of
+epochs; buckets are drawn in proportion to their size by (seed, micro-batch). So the whole position is how many samples
+have been taken from each bucket: resume is O(1), nothing is dropped, and no bucket is too small. What is read is decided by
+a tiny planner that every process runs alike; Grain reads ahead behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from encode import records
+
+TEXT_MULTIPLE = 64
+
+
+def generator(*parts: int | str) -> np.random.Generator:
+    """A random generator that is a function of its arguments, on every machine and in every process."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def is_held_out(pixel_hash: bytes, fraction: float) -> bool:
+    """Whether an image belongs to the held-out part: by its pixels alone, so exact copies never stand on both sides."""
+    return int(hashlib.sha256(pixel_hash).hexdigest()[:13], 16) / 16**13 < fraction
+
+
+class Dataset:
+    """A finished data set OUT/RES: its index, its statistics and its records.
+
+    Args:
+      path: OUT/RES.
+      holdout_fraction: share of the images kept out of training.
+      text_lengths: lengths that text is padded to; None: the longest caption rounded up to 64.
+      normalize_vision: scale each vision vector to length sqrt(width).
+
+    Raises:
+      records.DatasetError: missing, unfinished, damaged, or nothing left to train on.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        holdout_fraction: float = 0.0,
+        text_lengths: Sequence[int] | None = None,
+        normalize_vision: bool = False,
+    ):
+        self.path = Path(path)
+        self.info = records.load_dataset(self.path)
+        self.mean = np.asarray(self.info["latent_mean"], np.float32)
+        self.std = np.asarray(self.info["latent_std"], np.float32)
+        self.normalize_vision = normalize_vision
+        self.buckets = sorted(self.info["buckets"])
+        self.index = {name: records.read_bucket_index(self.path, self.info, name) for name in self.buckets}
+        self.train, self.held_out = {}, {}
+        for name, rows in self.index.items():
+            held = np.array([is_held_out(row, holdout_fraction) for row in rows["pixel_hash"]], bool)
+            self.train[name], self.held_out[name] = np.flatnonzero(~held), np.flatnonzero(held)
+        self.text_lengths = self._text_lengths(text_lengths)
+        self._sources: dict[str, Any] = {}
+        if not sum(map(len, self.train.values())):
+            raise records.DatasetError(
+                f"{path}: data.holdout_fraction={holdout_fraction} leaves none of its {self.info['count']} images to "
+                "train on; make it smaller."
+            )
+
+    def _text_lengths(self, wanted: Sequence[int] | None) -> tuple[int, ...]:
+        longest = max(
+            int(max(rows["text_length"].max(), rows["text_flip_length"].max())) for rows in self.index.values()
+        )
+        if not wanted:
+            return (math.ceil(longest / TEXT_MULTIPLE) * TEXT_MULTIPLE,)
+        if max(wanted) < longest:
+            raise records.DatasetError(
+                f"data.text_lengths={tuple(wanted)}: the longest caption of {self.path} has {longest} tokens; the "
+                "largest length must hold it."
+            )
+        return tuple(sorted(wanted))
+
+    def read(self, bucket: str, rows: np.ndarray, flips: np.ndarray) -> dict[str, np.ndarray]:
+        """One batch of one bucket.
+
+        Args:
+          bucket: WIDTHxHEIGHT.
+          rows: [batch] record numbers within the bucket.
+          flips: [batch] bool; a sample that must not be flipped ignores it.
+
+        Returns:
+          latent [batch, h, w, c] float32, normalised (once, here); text [batch, length, width] bfloat16, left-aligned and
+          zero-padded; text_length [batch] int32; vision [batch, width] float32; mask [batch, h, w] uint8 only where the
+          bucket holds padded pictures.
+        """
+        index = self.index[bucket][rows]
+        flips = np.asarray(flips, bool) & (index["flags"] & records.CAN_FLIP).astype(bool)
+        samples = self._records(bucket, rows)
+        suffix = np.where(flips, "_flip", "")
+        latent = np.stack([sample["latent" + end] for sample, end in zip(samples, suffix)]).astype(np.float32)
+        texts = [
+            sample["text_flip"] if flip and len(sample["text_flip"]) else sample["text"]
+            for sample, flip in zip(samples, flips)
+        ]
+        lengths = np.array([len(text) for text in texts], np.int32)
+        bound = int(np.maximum(index["text_length"], index["text_flip_length"]).max())
+        padded = next(length for length in self.text_lengths if length >= bound)
+        text = np.zeros((len(rows), padded, texts[0].shape[1]), texts[0].dtype)
+        for row, tokens in zip(text, texts):
+            row[: len(tokens)] = tokens
+        batch = {
+            "latent": (latent - self.mean) / self.std,
+            "text": text,
+            "text_length": lengths,
+            "vision": self.scale_vision(np.stack([sample["vision" + end] for sample, end in zip(samples, suffix)])),
+        }
+        if (self.index[bucket]["flags"] & records.HAS_MASK).any():
+            whole = np.ones(latent.shape[1:3], np.uint8)
+            masks = [sample["mask"] if sample["mask"].size else whole for sample in samples]
+            batch["mask"] = np.stack([mask[:, ::-1] if flip else mask for mask, flip in zip(masks, flips)])
+        return batch
+
+    def scale_vision(self, vision: np.ndarray) -> np.ndarray:
+        """[batch, width] as the model takes it: raw, or scaled to length sqrt(width) with normalize_vision."""
+        if not self.normalize_vision:
+            return vision
+        norm = np.linalg.norm(vision, axis=-1, keepdims=True)
+        return vision * (np.sqrt(vision.shape[-1]) / np.maximum(norm, 1e-12)).astype(np.float32)
+
+    def denormalize(self, latent: np.ndarray) -> np.ndarray:
+        """Undo the normalisation: what the image decoder takes."""
+        return latent * self.std + self.mean
+
+    def _records(self, bucket: str, rows: np.ndarray) -> Sequence[Mapping[str, Any]]:
+        if bucket not in self._sources:
+            self._sources[bucket] = records.open_bucket(self.path, bucket)
+        try:
+            return self._sources[bucket].__getitems__([int(row) for row in rows])
+        except Exception as error:
+            raise records.DatasetError(self._name_damage(bucket, rows, error)) from error
+
+    def _name_damage(self, bucket: str, rows: np.ndarray, error: Exception) -> str:
+        ends = np.cumsum(
+            [len(records.read_index(self.path, bucket, k)) for k in range(self.info["buckets"][bucket]["shards"])]
+        )
+        suspects = sorted({int(np.searchsorted(ends, row, side="right")) for row in rows})
+        names = ", ".join(str(records.shard_path(self.path, bucket, shard)) for shard in suspects)
+        return f"cannot read a record of {names}: {error}; remove the damaged shard with its index and encode again."
+
+    def held_out_batches(self, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+        """Every held-out image once, unflipped, as (batch, [batch] running numbers); the last of a bucket is short."""
+        first = 0
+        for name in self.buckets:
+            for start in range(0, len(self.held_out[name]), batch_size):
+                rows = self.held_out[name][start : start + batch_size]
+                yield self.read(name, rows, np.zeros(len(rows), bool)), first + np.arange(len(rows))
+                first += len(rows)
+
+
+class Plan(grain.IterDataset):
+    """Endless requests (bucket, rows, flips), the pure order of the run; see the module docstring."""
+
+    def __init__(self, train: Mapping[str, np.ndarray], *, seed: int, micro_batch: int, flip: float):
+        super().__init__()
+        self.train = {name: rows for name, rows in sorted(train.items()) if len(rows)}
+        self.seed, self.micro_batch, self.flip = seed, micro_batch, flip
+
+    def __iter__(self) -> PlanIterator:
+        return PlanIterator(self)
+
+
+class PlanIterator(grain.DatasetIterator):
+    """State: the number of the next micro-batch and the samples taken from each bucket."""
+
+    def __init__(self, plan: Plan):
+        super().__init__()
+        self._plan = plan
+        self._micro_batch = 0
+        self._taken = dict.fromkeys(plan.train, 0)
+        self._permutations: dict[str, tuple[int, np.ndarray]] = {}
+
+    def __next__(self) -> dict[str, Any]:
+        plan = self._plan
+        names = list(plan.train)
+        sizes = np.array([len(plan.train[name]) for name in names])
+        rng = generator(plan.seed, "bucket", self._micro_batch)
+        name = names[int(np.searchsorted(np.cumsum(sizes), rng.integers(sizes.sum()), side="right"))]
+        rows = np.array([self._row(name, self._taken[name] + i) for i in range(plan.micro_batch)])
+        flips = generator(plan.seed, "flip", self._micro_batch).random(plan.micro_batch) < plan.flip
+        self._taken[name] += plan.micro_batch
+        self._micro_batch += 1
+        return {"bucket": name, "rows": rows, "flips": flips}
+
+    def _row(self, name: str, position: int) -> int:
+        rows = self._plan.train[name]
+        epoch, place = divmod(position, len(rows))
+        if self._permutations.get(name, (-1,))[0] != epoch:
+            self._permutations[name] = (epoch, generator(self._plan.seed, name, epoch).permutation(len(rows)))
+        return int(rows[self._permutations[name][1][place]])
+
+    def get_state(self) -> dict[str, Any]:
+        return {"micro_batch": self._micro_batch, "taken": dict(self._taken)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if set(state["taken"]) != set(self._taken):
+            raise records.DatasetError(
+                f"the checkpoint was reading the buckets {sorted(state['taken'])}, the data set has "
+                f"{sorted(self._taken)}; resume with the data set that the run began with."
+            )
+        self._micro_batch, self._taken = int(state["micro_batch"]), {k: int(v) for k, v in state["taken"].items()}
+
+
+def training_batches(dataset: Dataset, *, seed: int, micro_batch: int, flip: float, ahead: int = 8):
+    """The endless training batches of `Dataset.read`, each with its "bucket", read ahead by a thread.
+
+    Returns:
+      A grain.DatasetIterator; get_state/set_state give and take the position after the last batch handed out.
+    """
+    plan = Plan(dataset.train, seed=seed, micro_batch=micro_batch, flip=flip)
+
+    def read(request):
+        return dataset.read(**request) | {"bucket": request["bucket"], "rows": request["rows"]}
+
+    return iter(grain.experimental.ThreadPrefetchIterDataset(plan.map(read), prefetch_buffer_size=ahead))

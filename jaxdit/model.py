@@ -1,0 +1,246 @@
+"""The Diffusion Transformer: adaLN-Zero from time and vision, cross-attention to text, 2-D rotary positions.
+
+Peebles and Xie 2023 ("DiT": adaLN-Zero, patches), Chen et al. 2023 ("PixArt-alpha": cross-attention to T5), Esser et al.
+2024 (q/k RMSNorm), Su et al. 2021 and Heo et al. 2024 (axial rotary positions). Blocks are stacked and scanned, so that
+24 layers compile as fast as one. Parameters are float32; products run in `dtype`, norms and softmax in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+TIME_FREQUENCIES = 256
+ROTARY_RANGE = 64.0  # a square picture spans this many units of position at every resolution
+ROTARY_THETA = 100.0
+
+
+def _linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, *, zero: bool = False, bias: bool = True) -> nnx.Linear:
+    kernel = nnx.initializers.zeros if zero else nnx.initializers.xavier_uniform()
+    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, kernel_init=kernel, rngs=rngs)
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """Layer norm over the last axis without parameters, in float32: bfloat16 variances lose the small channels."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, dtype) -> jax.Array:
+    """layer_norm(x) (1 + scale) + shift; x is [b, n, d], shift and scale [b, d]."""
+    return (layer_norm(x) * (1 + scale[:, None].astype(jnp.float32)) + shift[:, None].astype(jnp.float32)).astype(dtype)
+
+
+def time_embedding(t: jax.Array) -> jax.Array:
+    """[b, 256] cosines and sines of 1000 t (Vaswani et al. 2017; frequencies from 1 to 1/10,000)."""
+    half = TIME_FREQUENCIES // 2
+    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half) / half)
+    angles = 1000 * t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+def positions(height: int, width: int) -> jax.Array:
+    """[height * width, 2] (row, column) of each token, centred, scaled so that sqrt(height * width) spans 64 units."""
+    scale = ROTARY_RANGE / math.sqrt(height * width)
+    rows = (jnp.arange(height) - (height - 1) / 2) * scale
+    columns = (jnp.arange(width) - (width - 1) / 2) * scale
+    return jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
+
+
+def rotary_angles(height: int, width: int, head_size: int) -> jax.Array:
+    """[height * width, head_size / 2] float32: the first half of the pairs turns with the row, the second with the column."""
+    pairs = head_size // 4
+    frequencies = ROTARY_THETA ** (-jnp.arange(pairs) / pairs)
+    return (positions(height, width)[:, :, None] * frequencies).reshape(height * width, 2 * pairs)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Turn each pair (x[i], x[i + half]) of x [b, n, heads, head_size] by its angle; keeps x's dtype."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1).astype(x.dtype)
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+    """[b, h, w, c] -> [b, h/p * w/p, p * p * c]: patches in row-major order, (row, column, channel) within a patch."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(x: jax.Array, height: int, width: int, patch: int) -> jax.Array:
+    """The inverse of `patchify` for a latent of [height, width]."""
+    b = x.shape[0]
+    x = x.reshape(b, height // patch, width // patch, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, height, width, -1)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with RMS-normalised queries and keys; keys and values from `context` (x itself, or text)."""
+
+    def __init__(self, width: int, heads: int, *, zero: bool, dtype, implementation: str, rngs: nnx.Rngs):
+        self.heads = heads
+        self.implementation = implementation
+        self.dtype = dtype
+        self.query = _linear(width, width, dtype, rngs)
+        self.key_value = _linear(width, 2 * width, dtype, rngs)
+        self.query_norm = nnx.RMSNorm(width // heads, rngs=rngs)
+        self.key_norm = nnx.RMSNorm(width // heads, rngs=rngs)
+        self.out = _linear(width, width, dtype, rngs, zero=zero)
+
+    def __call__(self, x, context, *, angles=None, lengths=None):
+        """x [b, n, d], context [b, m, d], angles for rotary positions, lengths [b] of the valid context -> [b, n, d]."""
+        split = (self.heads, x.shape[-1] // self.heads)
+        q = self.query_norm(self.query(x).reshape(*x.shape[:2], *split))
+        k, v = jnp.split(self.key_value(context).reshape(*context.shape[:2], 2 * self.heads, split[1]), 2, 2)
+        k = self.key_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        q, k, v = (part.astype(self.dtype) for part in (q, k, v))  # cuDNN wants one dtype; softmax is float32 within
+        out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=self.implementation)
+        return self.out(out.reshape(x.shape))
+
+
+class Block(nnx.Module):
+    """x += gate self_attention(adaLN x); x += cross_attention(norm x, text); x += gate mlp(adaLN x)."""
+
+    def __init__(self, width: int, heads: int, *, dtype, implementation: str, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.modulation = _linear(width, 6 * width, dtype, rngs, zero=True)
+        self.self_attention = Attention(width, heads, zero=False, dtype=dtype, implementation=implementation, rngs=rngs)
+        self.cross_norm = nnx.RMSNorm(width, rngs=rngs)
+        self.cross_attention = Attention(width, heads, zero=True, dtype=dtype, implementation=implementation, rngs=rngs)
+        self.mlp_in = _linear(width, 4 * width, dtype, rngs)
+        self.mlp_out = _linear(4 * width, width, dtype, rngs)
+
+    def __call__(self, x, condition, text, lengths, angles):
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(condition), 6, -1)
+        h = modulate(x, shift1, scale1, self.dtype)
+        x = x + gate1[:, None] * self.self_attention(h, h, angles=angles)
+        x = x + self.cross_attention(self.cross_norm(x).astype(self.dtype), text, lengths=lengths)
+        h = jax.nn.gelu(self.mlp_in(modulate(x, shift2, scale2, self.dtype)), approximate=True)
+        return x + gate2[:, None] * self.mlp_out(h)
+
+
+class DiT(nnx.Module):
+    """Velocity of a latent, given time, text tokens and a vision vector.
+
+    Args:
+      layers, width, heads: of the transformer; width / heads is a multiple of 8 (of 4 without cuDNN), at most 128.
+      patch: side of a patch in latent pixels.
+      channels: of the latent.
+      text_width, vision_width: of the conditions, from dataset.json.
+      dtype: of the products, "bfloat16" or "float32".
+      remat: "none" keeps a block's activations for the backward pass, "block" computes them again.
+      scan_unroll: layers a turn of the scan.
+      attention: "cudnn" or "xla", see `mesh.attention_implementation`.
+      rngs: for the initial parameters; none is kept.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        width: int,
+        heads: int,
+        patch: int,
+        channels: int,
+        text_width: int,
+        vision_width: int,
+        dtype: str,
+        remat: str,
+        scan_unroll: int,
+        attention: str,
+        rngs: nnx.Rngs,
+    ):
+        dtype = jnp.dtype(dtype)
+        self.dtype, self.patch, self.remat, self.scan_unroll = dtype, patch, remat, scan_unroll
+        self.head_size = width // heads
+        self.patch_in = _linear(patch * patch * channels, width, dtype, rngs)
+        self.time_in = _linear(TIME_FREQUENCIES, width, dtype, rngs)
+        self.time_out = _linear(width, width, dtype, rngs)
+        self.null_vision = nnx.Param(jax.random.normal(rngs.params(), (vision_width,)))
+        self.vision_in = _linear(vision_width, width, dtype, rngs)
+        self.vision_out = _linear(width, width, dtype, rngs)
+        self.null_text = nnx.Param(jax.random.normal(rngs.params(), (text_width,)))
+        self.text_in = _linear(text_width, width, dtype, rngs)
+        self.text_norm = nnx.RMSNorm(width, rngs=rngs)
+
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(key):
+            return Block(width, heads, dtype=dtype, implementation=attention, rngs=nnx.Rngs(key))
+
+        self.blocks = stack(jax.random.split(rngs.params(), layers))
+        self.final_modulation = _linear(width, 2 * width, dtype, rngs, zero=True)
+        self.patch_out = _linear(width, patch * patch * channels, dtype, rngs, zero=True)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        conditions: Mapping[str, jax.Array],
+        drop_text: jax.Array,
+        drop_vision: jax.Array,
+    ) -> jax.Array:
+        """Predict the velocity.
+
+        Args:
+          x: [batch, height, width, channels] x_t, sides divisible by the patch.
+          t: [batch] in [0, 1].
+          conditions: text [batch, tokens, text_width], text_length [batch] int32 (1 <= length <= tokens), vision [batch,
+            vision_width].
+          drop_text, drop_vision: [batch] bool, where the learned null condition is used instead.
+
+        Returns:
+          [batch, height, width, channels] float32.
+        """
+        height, width = x.shape[1:3]
+        condition = jax.nn.silu(self._condition(t, conditions["vision"], drop_vision))
+        text, lengths = self._text(conditions["text"], conditions["text_length"], drop_text)
+        angles = rotary_angles(height // self.patch, width // self.patch, self.head_size)
+        graph, stacked = nnx.split(self.blocks)
+
+        def layer(h, params):
+            return nnx.merge(graph, params)(h, condition, text, lengths, angles), None
+
+        if self.remat == "block":
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        h = self.patch_in(patchify(x, self.patch).astype(self.dtype))
+        h, _ = jax.lax.scan(layer, h, stacked, unroll=self.scan_unroll)
+        shift, scale = jnp.split(self.final_modulation(condition), 2, -1)
+        h = self.patch_out(modulate(h, shift, scale, self.dtype))
+        return unpatchify(h, height, width, self.patch).astype(jnp.float32)
+
+    def _condition(self, t, vision, drop_vision):
+        """MLP(t) + MLP(vision), [b, d]."""
+        time = self.time_out(jax.nn.silu(self.time_in(time_embedding(t).astype(self.dtype))))
+        vision = jnp.where(drop_vision[:, None], self.null_vision[...], vision).astype(self.dtype)
+        return time + self.vision_out(jax.nn.silu(self.vision_in(vision)))
+
+    def _text(self, text, lengths, drop_text):
+        """Text projected to [b, l, d] and its lengths; a dropped sample has one token, the learned null text."""
+        text = jnp.where(drop_text[:, None, None], self.null_text[...], text.astype(jnp.float32)).astype(self.dtype)
+        text = self.text_norm(self.text_in(text)).astype(self.dtype)
+        return text, jnp.where(drop_text, 1, lengths)
+
+
+def abstract(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(graph definition, tree of parameter shapes) of DiT(**settings), allocating nothing."""
+    graph, params = nnx.split(nnx.eval_shape(lambda: DiT(**settings, rngs=nnx.Rngs(0))))
+    return graph, nnx.to_pure_dict(params)
+
+
+def initial_parameters(settings: Mapping[str, Any], seed: int) -> Any:
+    """Fresh parameters of DiT(**settings), a nested dict of float32 arrays; blocks have a leading axis of layers."""
+    return nnx.to_pure_dict(nnx.split(DiT(**settings, rngs=nnx.Rngs(seed)))[1])
+
+
+def count_parameters(params) -> int:
+    """Number of scalars in a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

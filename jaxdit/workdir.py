@@ -1,0 +1,128 @@
+"""A working folder: is the configuration possible, and was the folder begun with it and with this data set?"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from encode.records import InputError, write_json
+
+FIXED = ("model", "flow", "train.seed", "train.batch_size", "train.micro_batch", "data.holdout_fraction", "data.text_lengths",
+         "data.normalize_vision")  # fmt: skip
+
+
+def check(config: Any, devices: int) -> None:
+    """Refuse contradictions before anything is touched.
+
+    Raises:
+      InputError: names the field, what was found and what is possible.
+    """
+    c = config
+    rules = [
+        (bool(c.data.path), "data.path is empty; set --config.data.path=OUT/RES, a folder that encode.main wrote."),
+        (
+            c.train.micro_batch > 0 and c.train.batch_size % c.train.micro_batch == 0,
+            f"train.batch_size={c.train.batch_size} must be a multiple of train.micro_batch={c.train.micro_batch}.",
+        ),
+        (
+            c.train.micro_batch % devices == 0,
+            f"train.micro_batch={c.train.micro_batch} must be divisible by the {devices} devices.",
+        ),
+        (
+            c.model.width % c.model.heads == 0 and (c.model.width // c.model.heads) % 8 == 0,
+            f"model.width={c.model.width} over model.heads={c.model.heads}: the head size must be a whole multiple of 8.",
+        ),
+        (
+            c.model.width // c.model.heads <= 128,
+            f"model.width={c.model.width} over model.heads={c.model.heads}: the head size may be at most 128.",
+        ),
+        (
+            c.model.layers % c.model.scan_unroll == 0,
+            f"model.layers={c.model.layers} must be a multiple of model.scan_unroll={c.model.scan_unroll}.",
+        ),
+        (c.model.remat in ("none", "block"), f"model.remat={c.model.remat}: choose none or block."),
+        (
+            0 <= c.flow.drop_both + c.flow.drop_text + c.flow.drop_vision <= 1,
+            "flow.drop_both + flow.drop_text + flow.drop_vision must lie between 0 and 1.",
+        ),
+        (c.flow.shift > 0 and c.flow.std > 0, f"flow.shift={c.flow.shift} and flow.std={c.flow.std} must be above 0."),
+        (0 <= c.flow.flip <= 1, f"flow.flip={c.flow.flip} is a probability."),
+        (0 <= c.data.holdout_fraction < 1, f"data.holdout_fraction={c.data.holdout_fraction} must lie in [0, 1)."),
+        (c.train.total_steps > 0, f"train.total_steps={c.train.total_steps} must be above 0."),
+        (min(c.train.log_every, c.checkpoint.every, c.checkpoint.keep) > 0, "train.log_every, checkpoint.every and "
+         "checkpoint.keep must be above 0."),
+    ]  # fmt: skip
+    for holds, message in rules:
+        if not holds:
+            raise InputError(message)
+
+
+def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any]) -> None:
+    """Take a new working folder, or make sure that an old one was begun with this configuration and data.
+
+    Writes config.json and dataset.json (copies, so that the folder can be sampled alone); changes of the fields that may
+    change go to config_history.jsonl.
+    """
+    for name, info in dataset["buckets"].items():
+        if any(side % config.model.patch for side in info["latent"][:2]):
+            raise InputError(
+                f"model.patch={config.model.patch} does not divide the latent {info['latent']} of the bucket {name}."
+            )
+    now = json.loads(config.to_json_best_effort())
+    now["data"]["path"] = os.path.abspath(config.data.path)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    if not path.exists():
+        strangers = [child.name for child in workdir.iterdir() if not child.name.startswith(".")]
+        if strangers:
+            raise InputError(
+                f"{workdir} holds {', '.join(sorted(strangers)[:3])} but no config.json, so it is not a working folder; "
+                "name a new or empty one."
+            )
+        write_json(workdir / "dataset.json", dataset)
+        write_json(path, now)
+        return
+    before = json.loads(path.read_text())
+    differences = changed_fields(before, now)
+    for name, old, new in differences:
+        if any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED):
+            raise InputError(
+                f"{workdir} was begun with {name}={old}, now it is {new}; it is fixed for the life of a working folder: "
+                "take the old value, or a new --workdir."
+            )
+    copy = json.loads((workdir / "dataset.json").read_text())
+    for key in ("fingerprint", "buckets", "latent_mean", "latent_std", "widths"):
+        if copy[key] != json.loads(json.dumps(dataset[key])):
+            raise InputError(
+                f"{workdir} was begun with another data set: {key} of {data_path}/dataset.json differs from its copy; "
+                "name the first data set, or a new --workdir."
+            )
+    if differences:
+        with open(workdir / "config_history.jsonl", "a") as file:
+            for name, old, new in differences:
+                file.write(json.dumps({"time": time.time(), "field": name, "from": old, "to": new}) + "\n")
+                logging.info("Changed since the last start: %s from %s to %s.", name, old, new)
+        write_json(path, now)
+
+
+def changed_fields(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """[(dotted name, old value, new value)] of two nested dicts."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = sorted(before.keys() | now.keys())
+        dotted = [(name, f"{prefix}.{name}" if prefix else name) for name in names]
+        return [row for name, full in dotted for row in changed_fields(before.get(name), now.get(name), full)]
+    return [] if before == now else [(prefix, before, now)]
+
+
+def check_space(workdir: Path, needed: int) -> None:
+    """Refuse to begin where the disk does not hold so many bytes: the next two checkpoints."""
+    free = shutil.disk_usage(workdir).free
+    if free < needed:
+        raise InputError(
+            f"{workdir}: two checkpoints need {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room."
+        )
