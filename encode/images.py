@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import struct
 import warnings
 from pathlib import Path
@@ -103,7 +104,7 @@ class _Refusing:
 
 
 def _open(path: Path, max_pixels: int) -> Image.Image:
-    if path.stat().st_size == 0:
+    if os.path.getsize(path) == 0:
         raise ImageProblem("the file is empty")
     image = Image.open(path, formats=FORMATS)
     width, height = image.size

@@ -1,0 +1,57 @@
+"""Statistics per channel: right, and the same bits in any order."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from encode import stats
+
+
+def _latents(count=7):
+    rng = np.random.default_rng(0)
+    return [(rng.normal(3, 2, (8, 6, 5)) * [1, 10, 0.01, 1, 1]).astype(ml_dtypes.bfloat16) for _ in range(count)]
+
+
+def test_mean_and_deviation_are_numpys():
+    latents = _latents()
+    every = np.stack(latents).astype(np.float64).reshape(-1, 5)
+    mean, std, flat = stats.mean_and_std(stats.merge(stats.partial(latent) for latent in latents))
+    np.testing.assert_allclose(mean, every.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(std, every.std(0), rtol=1e-9)
+    assert flat == []
+
+
+def test_the_order_does_not_change_a_bit():
+    parts = [stats.partial(latent) for latent in _latents(50)]
+    shuffled = [parts[place] for place in np.random.default_rng(1).permutation(50)]
+    assert stats.merge(parts) == stats.merge(shuffled)
+
+
+def test_a_part_survives_json_exactly():
+    part = stats.partial(_latents(1)[0])
+    assert stats.Partial.from_json(part.to_json()) == part
+
+
+def test_only_the_picture_counts():
+    latent = np.ones((4, 4, 2), np.float32)
+    latent[:, 2:] = 100
+    mask = np.zeros((4, 4), np.uint8)
+    mask[:, :2] = 1
+    part = stats.partial(latent, mask)
+    assert part.count == 8
+    assert part.total == (8.0, 8.0)
+    assert stats.partial(latent, np.zeros((0, 0), np.uint8)).count == 16
+
+
+def test_a_deviation_is_never_zero():
+    mean, std, flat = stats.mean_and_std(stats.partial(np.full((4, 4, 2), 0.1, np.float32)))
+    assert std == [stats.FLOOR] * 2
+    assert flat == [0, 1]
+    assert mean == pytest.approx([0.1, 0.1])
+
+
+def test_no_latents_are_an_error():
+    with pytest.raises(ValueError, match="no latents"):
+        stats.merge([])
+    with pytest.raises(ValueError, match="not finite"):
+        stats.mean_and_std(stats.partial(np.full((2, 2, 1), np.nan)))
