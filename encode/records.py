@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
+from tensorflow_datasets.proto import tf_example_pb2
 
 SCHEMA = 1
 VERSION = "1.0.0"
@@ -155,17 +156,21 @@ def write_shard(root: Path, bucket: str, shard: int, records: Sequence[Mapping[s
     serialized = []
     for record in records:
         try:
-            serialized.append(spec.serialize_example(record))
+            serialized.append(_serialize(record, spec))
         except Exception as error:
             raise ValueError(f"{record['id']}: cannot be stored in bucket {bucket}: {error}") from error
     temporary = target.with_name(f".{target.name}.tmp")
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")
     try:
-        for example in serialized:
-            writer.write(example)
-    finally:
-        writer.close()
-    if not _holds(temporary, serialized):  # the writer does not report a full disk
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        try:
+            for example in serialized:
+                writer.write(example)
+        finally:
+            writer.close()
+    except RuntimeError as error:  # a full disk, most of the time; the writer has no other word for it
+        temporary.unlink(missing_ok=True)
+        raise OSError(errno.ENOSPC, f"the shard cannot be written ({error})", str(temporary)) from error
+    if not _holds(temporary, serialized):  # nor does it always report one
         temporary.unlink(missing_ok=True)
         raise OSError(errno.ENOSPC, "the shard does not read back as written; is the disk full?", str(temporary))
     publish(temporary, target)
@@ -173,6 +178,12 @@ def write_shard(root: Path, bucket: str, shard: int, records: Sequence[Mapping[s
     with open(index.with_name(f".{index.name}.tmp"), "wb") as file:
         np.save(file, index_rows(records), allow_pickle=False)
     publish(index.with_name(f".{index.name}.tmp"), index)
+
+
+def _serialize(record: Mapping[str, Any], spec) -> bytes:
+    """The bytes of one record, the same in every process: protobuf orders the keys of a map by a seed of the process."""
+    example = tf_example_pb2.Example.FromString(spec.serialize_example(record))
+    return example.SerializeToString(deterministic=True)
 
 
 def _holds(path: Path, serialized: Sequence[bytes]) -> bool:
