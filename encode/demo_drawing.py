@@ -37,8 +37,8 @@ def draw(pose: str, thing: str, size: tuple[int, int], hue: float, strength: flo
     down, across = np.mgrid[0:height, 0:width]
     distance = np.hypot((across - (width - 1) / 2) / height, (down / height - 0.34) * 1.15)
     glow = np.exp(-((distance / 0.62) ** 2))
-    tint = oklch_to_srgb(0.86, 0.125, hue)
-    light = strength * (0.62 + 0.5 * glow)
+    tint = oklch_to_srgb(0.79, 0.13, hue)
+    light = strength * (0.72 + 0.52 * glow)
     pixels = reflectance[..., None] * light[..., None] * tint
     pixels += (0.07 * strength * glow)[..., None] * tint  # haze, so that the dark figure is lit as well
     return np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)

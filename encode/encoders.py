@@ -1,0 +1,74 @@
+"""VAE, text and vision encoders behind three small protocols; the embedded demo ones need no weights and no PyTorch.
+
+`load_vae`, `load_text` and `load_vision` take a section of the configuration (name, path, dtype, ...) and give an object
+with a JSON-able `fingerprint` of everything that decides its output; encoded data carry it. PyTorch, diffusers and
+transformers are imported only when a real model is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from encode.demo_encoders import DemoText, DemoVAE, DemoVision
+from encode.records import InputError
+
+
+class VAE(Protocol):
+    """Pixels to latents at an eighth of their sides, and back."""
+
+    channels: int
+    fingerprint: dict[str, Any]
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """[b, h, w, 3] uint8 sRGB -> [b, h/8, w/8, channels] float32: raw, neither scaled nor shifted."""
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """[b, h, w, channels] float32 raw latents -> [b, 8h, 8w, 3] uint8 sRGB."""
+
+
+class Text(Protocol):
+    """Captions to token sequences."""
+
+    width: int
+    max_tokens: int
+    fingerprint: dict[str, Any]
+
+    def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
+        """One [tokens, width] float32 a caption: valid tokens only, at least one, at most max_tokens."""
+
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of the whole caption; more than max_tokens means that it is cut."""
+
+
+class Vision(Protocol):
+    """Whole pictures to one vector each."""
+
+    width: int
+    fingerprint: dict[str, Any]
+
+    def encode(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """[height, width, 3] uint8 sRGB pictures of any sizes, upright -> [n, width] float32, raw."""
+
+
+def load_vae(section: Mapping[str, Any]) -> VAE:
+    """The VAE that a section of the configuration names."""
+    return _choose("vae", section, {"demo": lambda: DemoVAE()})
+
+
+def load_text(section: Mapping[str, Any]) -> Text:
+    """The text encoder that a section of the configuration names."""
+    return _choose("text", section, {"demo": lambda: DemoText(section["max_tokens"])})
+
+
+def load_vision(section: Mapping[str, Any]) -> Vision:
+    """The vision encoder that a section of the configuration names."""
+    return _choose("vision", section, {"demo": lambda: DemoVision(section["area"])})
+
+
+def _choose(kind: str, section: Mapping[str, Any], choices: Mapping[str, Callable[[], Any]]) -> Any:
+    if section["name"] not in choices:
+        raise InputError(f"{kind}.name={section['name']!r}: unknown; the choices are {', '.join(choices)}.")
+    return choices[section["name"]]()
