@@ -56,13 +56,15 @@ def fail(message: str, code: int = 1) -> int:
 
 def _parse(default: str | None) -> Any:
     """The configuration with its overrides; what cannot be understood is an InputError that names the nearest field."""
-    holder = config_flags.DEFINE_config_file("config", default, lock_config=True) if default else None
+    arguments = list(sys.argv)
+    if default and not any(re.match(r"--?config(=|$)", argument) for argument in arguments):
+        arguments.insert(1, f"--config={default}")  # as the flag's default, overrides would be judged while it is defined
     try:
-        rest = flags.FLAGS(sys.argv)
+        holder = config_flags.DEFINE_config_file("config", lock_config=True) if default else None
+        rest = flags.FLAGS(arguments)
         config = holder.value if holder is not None else None
-        if holder is not None and not hasattr(config, "to_json_best_effort"):
-            name = flags.FLAGS["config"].default if "config" not in sys.argv else sys.argv
-            raise InputError(f"--config={name}: no such configuration file, or it cannot be read.")
+        if holder is not None:
+            _ = config.is_locked  # a file that could not be loaded says so only when it is used
     except flags.Error as error:
         raise InputError(str(error).strip()) from error
     except (AttributeError, KeyError) as error:
@@ -72,8 +74,9 @@ def _parse(default: str | None) -> Any:
         given = next((a for a in sys.argv[1:] if field and field.group(1) in a), " ".join(sys.argv[1:]))
         advice = f"the nearest is {nearest.group(1)!r}" if nearest else f"{words.strip()}"
         raise InputError(f"{given}: the configuration has no such field; {advice}.") from error
-    except FileNotFoundError as error:
-        raise InputError(f"--config: {error.filename or error}: no such file.") from error
+    except OSError as error:
+        given = next(argument for argument in arguments if re.match(r"--?config(=|$)", argument))
+        raise InputError(f"{given}: no such configuration file, or it cannot be read.") from error
     if rest[1:]:
         raise InputError(f"{' '.join(rest[1:])}: not understood; fields are given as --config.section.field=value.")
     return config
