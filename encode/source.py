@@ -117,14 +117,14 @@ class Collection:
 
 @dataclass
 class _Folder:
-    """One directory: its file names, and the captions that a metadata.jsonl in it or above it gives."""
+    """The file names of one directory."""
 
-    names: list[str]
+    names: set[str] = field(default_factory=set)
     by_form: dict[str, str] = field(default_factory=dict)  # composed name -> name on disk
 
     def find(self, name: str) -> str | None:
         """The file of that name, whether it is written composed or decomposed."""
-        return name if name in self.by_form.values() else self.by_form.get(unicodedata.normalize("NFC", name))
+        return name if name in self.names else self.by_form.get(unicodedata.normalize("NFC", name))
 
 
 def walk(images: Path, out: Path | None = None) -> Collection:
@@ -190,7 +190,12 @@ def _list(root: Path, out: Path | None) -> tuple[list[str], list[Problem]]:
         if real in seen or (out is not None and Path(real) == out):
             continue
         seen.add(real)
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            problems.append(Problem(relative or ".", "name", f"the folder cannot be read ({error.strerror})"))
+            continue
+        for entry in entries:
             name = f"{relative}/{entry.name}" if relative else entry.name
             if entry.name.startswith(".") or entry.name.lower() in LITTER or entry.name == "__MACOSX":
                 continue
@@ -199,7 +204,7 @@ def _list(root: Path, out: Path | None) -> tuple[list[str], list[Problem]]:
             elif _id(name) is None:
                 shown = os.fsencode(name).decode("utf-8", "backslashreplace")
                 problems.append(Problem(shown, "name", "the file name is not UTF-8; rename it"))
-            elif entry.is_file() or entry.is_symlink():
+            elif entry.is_file() or not os.path.exists(entry.path):  # a link to nothing is named later
                 files.append(name)
     return sorted(files), problems
 
@@ -232,8 +237,8 @@ def _folders(files: list[str]) -> dict[str, _Folder]:
     folders: dict[str, _Folder] = {}
     for file in files:
         folder, name = os.path.split(file)
-        entry = folders.setdefault(folder, _Folder([]))
-        entry.names.append(name)
+        entry = folders.setdefault(folder, _Folder())
+        entry.names.add(name)
         entry.by_form.setdefault(unicodedata.normalize("NFC", name), name)
     return folders
 
@@ -292,11 +297,10 @@ def _captions(images: Path, file: str, folder: _Folder, row: tuple[str, Mapping[
     record: Mapping[str, Any] | None = None
     if json_file is not None:
         text = read_text(images / json_file)
-        if isinstance(text, Problem):
-            return Problem(_id(file), "caption", f"{json_file}: {text.reason}")
-        record = _json_object(text)
-        if record is None:
-            return Problem(_id(file), "caption", f"{json_file}: not a JSON object")
+        record = None if isinstance(text, Problem) else _json_object(text)
+        if record is None and row is None and beside(".txt") is None:
+            reason = text.reason if isinstance(text, Problem) else "not a JSON object"
+            return Problem(_id(file), "caption", f"{json_file}: {reason}")
     if row is not None:
         origin, value = row[0], row[1].get("text", row[1].get("caption"))
     elif record is not None and ("caption" in record or "text" in record):

