@@ -80,27 +80,6 @@ SAMPLES_NOTE = (
     "The original with its name; its latent decoded again, with the caption; the latent of its mirror image decoded, with "
     "the swapped caption. Drawn at random by config.seed."
 )
-STRETCH_NOTE),
-        _section(
-            "Caption lengths in tokens", _bars(_length_classes(row[2] for row in rows), "captions") + _cut(truncated)
-        ),
-        _section("Left and right", _swaps(swaps), SWAP_NOTE),
-        _section("Latent channels", "".join(_channels(size, datasets[size]) for size in sorted(datasets)), LATENT_NOTE),
-        _section("Exact duplicates", _list([" = ".join(group) for group in copies]) if copies else "<p>None.</p>"),
-        _section("Refused", _refused(refused)),
-        _section("Encoders", _encoders(datasets[largest])),
-    ]
-    title = f"{len(rows)} pictures at {', '.join(str(size) for size in sorted(datasets))}"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{CSS}</style></head><body><main><h1>{title}</h1>{''.join(sections)}</main></body></html>\n"
-    )
-
-
-SAMPLES_NOTE = (
-    "Original, its latent decoded again, and the decoded latent of its mirror image, each under its caption. "
-    "The pictures were drawn at random (config.seed)."
-)
 STRETCH_NOTE = (
     "Nothing is cropped; a picture is stretched to its bucket's shape, one side against the other by this much."
 )
