@@ -1,8 +1,8 @@
 """VAE, text and vision encoders behind three small protocols; the embedded demo ones need no weights and no PyTorch.
 
 `load_vae`, `load_text` and `load_vision` take a section of the configuration (name, path, dtype, ...) and give an object
-with a JSON-able `fingerprint` of everything that decides its output; encoded data carry it. PyTorch, diffusers and
-transformers are imported only when a real model is named.
+with a JSON-able `fingerprint` of everything that decides its output; encoded data carry it. The real models are in
+torch_encoders.py, imported only when one is named: PyTorch takes seconds.
 """
 
 from __future__ import annotations
@@ -54,18 +54,36 @@ class Vision(Protocol):
 
 
 def load_vae(section: Mapping[str, Any]) -> VAE:
-    """The VAE that a section of the configuration names."""
-    return _choose("vae", section, {"demo": lambda: DemoVAE()})
+    """The VAE that a section of the configuration names: "demo", or "flux" with path and dtype."""
+
+    def flux() -> VAE:
+        from encode.torch_encoders import FluxVAE
+
+        return FluxVAE(section["path"], dtype=section["dtype"])
+
+    return _choose("vae", section, {"demo": DemoVAE, "flux": flux})
 
 
 def load_text(section: Mapping[str, Any]) -> Text:
-    """The text encoder that a section of the configuration names."""
-    return _choose("text", section, {"demo": lambda: DemoText(section["max_tokens"])})
+    """The text encoder that a section names, with max_tokens: "demo", or "t5" with path and dtype."""
+
+    def t5() -> Text:
+        from encode.torch_encoders import T5Text
+
+        return T5Text(section["path"], dtype=section["dtype"], max_tokens=section["max_tokens"])
+
+    return _choose("text", section, {"demo": lambda: DemoText(section["max_tokens"]), "t5": t5})
 
 
 def load_vision(section: Mapping[str, Any]) -> Vision:
-    """The vision encoder that a section of the configuration names."""
-    return _choose("vision", section, {"demo": lambda: DemoVision(section["area"])})
+    """The vision encoder that a section names, with area: "demo", or "dinov3" with path (and dtype, else float32)."""
+
+    def dinov3() -> Vision:
+        from encode.torch_encoders import DINOv3Vision
+
+        return DINOv3Vision(section["path"], dtype=section.get("dtype", "float32"), area=section["area"])
+
+    return _choose("vision", section, {"demo": lambda: DemoVision(section["area"]), "dinov3": dinov3})
 
 
 def _choose(kind: str, section: Mapping[str, Any], choices: Mapping[str, Callable[[], Any]]) -> Any:
