@@ -33,6 +33,27 @@ def is_held_out(pixel_hash: bytes, fraction: float) -> bool:
     return int(hashlib.sha256(pixel_hash).hexdigest()[:13], 16) / 16**13 < fraction
 
 
+def scale_vision(vision: np.ndarray, normalize: bool) -> np.ndarray:
+    """[batch, width] as the model takes it: raw, or each vector scaled to length sqrt(width)."""
+    if not normalize:
+        return vision
+    norm = np.linalg.norm(vision, axis=-1, keepdims=True)
+    return vision * (np.sqrt(vision.shape[-1]) / np.maximum(norm, 1e-12)).astype(np.float32)
+
+
+def pad_text(texts: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """[batch, length, width] of the texts' dtype: left-aligned, zeros behind."""
+    padded = np.zeros((len(texts), length, texts[0].shape[1]), texts[0].dtype)
+    for row, tokens in zip(padded, texts):
+        row[: len(tokens)] = tokens
+    return padded
+
+
+def denormalize(latent: np.ndarray, dataset: Mapping[str, Any]) -> np.ndarray:
+    """Undo the normalisation of `Dataset.read`: what the image decoder takes."""
+    return latent * np.asarray(dataset["latent_std"], np.float32) + np.asarray(dataset["latent_mean"], np.float32)
+
+
 class Dataset:
     """A finished data set OUT/RES: its index, its statistics and its records.
 
@@ -101,7 +122,7 @@ class Dataset:
         """
         index = self.index[bucket][rows]
         flips = np.asarray(flips, bool) & (index["flags"] & records.CAN_FLIP).astype(bool)
-        samples = self._records(bucket, rows)
+        samples = self.records(bucket, rows)
         suffix = np.where(flips, "_flip", "")
         latent = np.stack([sample["latent" + end] for sample, end in zip(samples, suffix)]).astype(np.float32)
         texts = [
@@ -110,15 +131,13 @@ class Dataset:
         ]
         lengths = np.array([len(text) for text in texts], np.int32)
         bound = int(np.maximum(index["text_length"], index["text_flip_length"]).max())
-        padded = next(length for length in self.text_lengths if length >= bound)
-        text = np.zeros((len(rows), padded, texts[0].shape[1]), texts[0].dtype)
-        for row, tokens in zip(text, texts):
-            row[: len(tokens)] = tokens
         batch = {
             "latent": (latent - self.mean) / self.std,
-            "text": text,
+            "text": pad_text(texts, next(length for length in self.text_lengths if length >= bound)),
             "text_length": lengths,
-            "vision": self.scale_vision(np.stack([sample["vision" + end] for sample, end in zip(samples, suffix)])),
+            "vision": scale_vision(
+                np.stack([sample["vision" + end] for sample, end in zip(samples, suffix)]), self.normalize_vision
+            ),
         }
         if (self.index[bucket]["flags"] & records.HAS_MASK).any():
             whole = np.ones(latent.shape[1:3], np.uint8)
@@ -126,18 +145,8 @@ class Dataset:
             batch["mask"] = np.stack([mask[:, ::-1] if flip else mask for mask, flip in zip(masks, flips)])
         return batch
 
-    def scale_vision(self, vision: np.ndarray) -> np.ndarray:
-        """[batch, width] as the model takes it: raw, or scaled to length sqrt(width) with normalize_vision."""
-        if not self.normalize_vision:
-            return vision
-        norm = np.linalg.norm(vision, axis=-1, keepdims=True)
-        return vision * (np.sqrt(vision.shape[-1]) / np.maximum(norm, 1e-12)).astype(np.float32)
-
-    def denormalize(self, latent: np.ndarray) -> np.ndarray:
-        """Undo the normalisation: what the image decoder takes."""
-        return latent * self.std + self.mean
-
-    def _records(self, bucket: str, rows: np.ndarray) -> Sequence[Mapping[str, Any]]:
+    def records(self, bucket: str, rows: Sequence[int] | np.ndarray) -> Sequence[Mapping[str, Any]]:
+        """The raw records, as in encode.records."""
         if bucket not in self._sources:
             self._sources[bucket] = records.open_bucket(self.path, bucket)
         try:

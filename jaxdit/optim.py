@@ -63,5 +63,5 @@ def ema_decay(updates: jax.Array, maximum: float) -> jax.Array:
 
 
 def update_ema(ema: Any, params: Any, decay: jax.Array) -> Any:
-    """decay * ema + (1 - decay) * params, leaf by leaf, float32."""
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+    """decay * ema + (1 - decay) * params, leaf by leaf, float32; written as a small step, which rounds least."""
+    return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import optax
 from flax import nnx
 
 from encode.records import InputError
-from jaxdit import checkpoint, data, flow, mesh, metrics, model, optim
+from jaxdit import checkpoint, data, flow, mesh, metrics, model, optim, trained
 from jaxdit import workdir as folder
 
 VOIDED_LIMIT = 10
@@ -63,7 +62,7 @@ def train(config: Any, workdir: str | Path) -> str:
     # One axis of devices: parameters on each, micro-batches divided over them.
     devices = mesh.make_mesh()
     everywhere, divided = mesh.replicated(devices), mesh.over_batch(devices)
-    settings = model_settings(config.model, dataset.info["widths"])
+    settings = trained.model_settings(config.model, dataset.info["widths"])
     graph, shapes = model.abstract(settings)
     schedule = optim.learning_rate(
         peak=config.optim.peak_learning_rate,
@@ -169,19 +168,6 @@ def announce(config: Any, dataset: data.Dataset, shapes: Any, warmup: int) -> No
         config.train.total_steps, config.train.batch_size, config.train.micro_batch, warmup, config.optim.ema_decay,
         round((10 * config.optim.ema_decay - 1) / (1 - config.optim.ema_decay)),
     )  # fmt: skip
-
-
-def model_settings(options: Any, widths: Mapping[str, int]) -> dict[str, Any]:
-    """What model.DiT takes, from a configuration's "model" section and a data set's widths."""
-    dtype = mesh.compute_dtype(options["dtype"])
-    return {
-        **{name: options[name] for name in ("layers", "width", "heads", "patch", "remat", "scan_unroll")},
-        "dtype": dtype,
-        "attention": mesh.attention_implementation(options["width"] // options["heads"], dtype),
-        "channels": widths["latent"],
-        "text_width": widths["text"],
-        "vision_width": widths["vision"],
-    }
 
 
 def new_state(settings, optimizer, seed):

@@ -1,0 +1,178 @@
+import json
+import sys
+from collections import Counter
+
+import make_data
+import numpy as np
+import pytest
+
+from encode import records
+from jaxdit import data
+
+COUNTS = {"64x64": 11, "48x80": 7, "80x48": 2}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "64"
+    return root, make_data.dataset(root, COUNTS)
+
+
+def batches(root, count, skip=0, state=None, flip=0.5, **options):
+    iterator = data.training_batches(data.Dataset(root, **options), seed=1, micro_batch=4, flip=flip)
+    try:
+        if state is not None:
+            iterator.set_state(json.loads(json.dumps(state)))
+        got = [next(iterator) for _ in range(skip + count)]
+        return got[skip:], iterator.get_state()
+    finally:
+        iterator.close()
+
+
+def ids(batch):
+    return batch["bucket"], tuple(batch["rows"])
+
+
+@pytest.mark.parametrize("stop", [0, 1, 5, 7, 20, 37])
+def test_restored_position_gives_the_same_batches(written, stop):
+    root, _ = written
+    _, state = batches(root, stop)
+    ours, _ = batches(root, 20, state=state)
+    want, _ = batches(root, 20, skip=stop)
+    for a, b in zip(ours, want):
+        assert ids(a) == ids(b)
+        for name in ("latent", "text", "vision", "text_length"):
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_every_epoch_of_a_bucket_has_each_image_once(written):
+    root, _ = written
+    seen = {}
+    for batch in batches(root, 200)[0]:
+        seen.setdefault(batch["bucket"], []).extend(batch["rows"])
+    for name, rows in seen.items():
+        for start in range(0, len(rows) - COUNTS[name] + 1, COUNTS[name]):
+            assert sorted(rows[start : start + COUNTS[name]]) == list(range(COUNTS[name]))
+    assert set(seen) == set(COUNTS)  # the bucket of two is drawn though a micro-batch is four
+    shares = {name: len(rows) / 800 for name, rows in seen.items()}
+    for name, share in shares.items():
+        assert abs(share - COUNTS[name] / 20) < 0.12
+
+
+def test_order_does_not_depend_on_the_flips(written):
+    root, _ = written
+    with_flips, without = batches(root, 30, flip=0.5)[0], batches(root, 30, flip=0.0)[0]
+    assert [ids(batch) for batch in with_flips] == [ids(batch) for batch in without]
+
+
+def test_a_flip_takes_latent_text_and_vision_together(written):
+    root, wanted = written
+    dataset = data.Dataset(root)
+    mean, std = np.array(dataset.info["latent_mean"]), np.array(dataset.info["latent_std"])
+    flipped = 0
+    for batch in batches(root, 50)[0]:
+        for i, row in enumerate(batch["rows"]):
+            record = wanted[batch["bucket"]][row]
+            raw = batch["latent"][i] * std + mean
+            end = "" if np.allclose(raw, record["latent"].astype(np.float32), atol=1e-3) else "_flip"
+            flipped += end == "_flip"
+            np.testing.assert_allclose(raw, record["latent" + end].astype(np.float32), atol=1e-3)
+            np.testing.assert_array_equal(batch["vision"][i], record["vision" + end])
+            length = batch["text_length"][i]
+            np.testing.assert_array_equal(batch["text"][i][:length], record["text" + end])
+            assert not batch["text"][i][length:].astype(np.float32).any()
+    assert 70 < flipped < 130
+
+
+def test_a_sample_that_must_not_be_flipped_never_is(tmp_path):
+    written = make_data.dataset(tmp_path / "64", {"64x64": 5}, flip=False)
+    for batch in batches(tmp_path / "64", 10, flip=1.0)[0]:
+        for row, vision in zip(batch["rows"], batch["vision"]):
+            np.testing.assert_array_equal(vision, written["64x64"][row]["vision"])
+
+
+def test_latents_are_normalised_once(written):
+    root, _ = written
+    dataset = data.Dataset(root)
+    rows = {name: np.arange(count) for name, count in COUNTS.items()}
+    both = [
+        dataset.read(name, rows[name], np.full(len(rows[name]), flip))["latent"] for name in rows for flip in (0, 1)
+    ]
+    flat = np.concatenate([latent.reshape(-1, 16) for latent in both])
+    np.testing.assert_allclose(flat.mean(0), 0, atol=0.02)
+    np.testing.assert_allclose(flat.std(0), 1, atol=0.02)
+    raw = data.denormalize(both[0], dataset.info)
+    assert abs(raw.mean() - 3) < 0.2 and abs(raw.std() - 2) < 0.2  # what make_data wrote
+
+
+def test_held_out_images_never_train_and_do_not_depend_on_the_seed(written):
+    root, _ = written
+    dataset = data.Dataset(root, holdout_fraction=0.3)
+    held = {name: set(rows) for name, rows in dataset.held_out.items()}
+    assert 1 <= sum(map(len, held.values())) <= 12
+    for seed in (0, 1):
+        iterator = data.training_batches(dataset, seed=seed, micro_batch=4, flip=0.5)
+        try:
+            for _ in range(60):
+                batch = next(iterator)
+                assert not held[batch["bucket"]] & set(batch["rows"].tolist())
+        finally:
+            iterator.close()
+
+
+def test_text_is_padded_to_the_smallest_length_that_holds_the_batch(written):
+    root, _ = written
+    assert {batch["text"].shape[1] for batch in batches(root, 20)[0]} == {64}
+    lengths = Counter(batch["text"].shape[1] for batch in batches(root, 40, text_lengths=(8, 9, 32))[0])
+    assert set(lengths) == {8, 9}
+    with pytest.raises(records.DatasetError, match="must hold it"):
+        data.Dataset(root, text_lengths=(4,))
+
+
+def test_normalised_vision_has_unit_components(written):
+    root, _ = written
+    batch = batches(root, 1, normalize_vision=True)[0][0]
+    np.testing.assert_allclose(np.linalg.norm(batch["vision"], axis=-1), np.sqrt(6), rtol=1e-5)
+
+
+def test_a_mask_is_carried_and_mirrored(tmp_path):
+    mask = np.ones((8, 8), np.uint8)
+    mask[:, :3] = 0
+    make_data.dataset(tmp_path / "64", {"64x64": 5}, mask=mask)
+    dataset = data.Dataset(tmp_path / "64")
+    batch = dataset.read("64x64", np.array([0, 1]), np.array([False, True]))
+    np.testing.assert_array_equal(batch["mask"], [mask, mask[:, ::-1]])
+
+
+def test_damage_names_the_shard(tmp_path):
+    make_data.dataset(tmp_path / "64", {"64x64": 8})
+    shard = records.shard_path(tmp_path / "64", "64x64", 1)
+    content = bytearray(shard.read_bytes())
+    content[5_000] ^= 255  # one byte within the second record
+    shard.write_bytes(content)
+    with pytest.raises(records.DatasetError, match="00001"):
+        batches(tmp_path / "64", 10)
+
+
+@pytest.mark.parametrize("what", ["missing", "unfinished", "above", "schema"])
+def test_wrong_data_sets_are_refused_with_the_reason(tmp_path, what):
+    root = tmp_path / "64"
+    make_data.dataset(root, {"64x64": 3})
+    expected = {
+        "missing": "no such folder",
+        "unfinished": "not finished",
+        "above": "name one of them: 64",
+        "schema": "schema version 99 found, this program reads version 1",
+    }[what]
+    if what == "unfinished":
+        (root / "dataset.json").unlink()
+    if what == "schema":
+        records.write_json(root / "dataset.json", json.loads((root / "dataset.json").read_text()) | {"schema": 99})
+    path = {"missing": tmp_path / "nothing", "above": tmp_path}.get(what, root)
+    with pytest.raises(records.DatasetError, match=expected):
+        data.Dataset(path)
+
+
+def test_tensorflow_is_not_needed(written):
+    batches(written[0], 1)
+    assert "tensorflow" not in sys.modules

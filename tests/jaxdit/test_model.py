@@ -1,0 +1,280 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxdit import flow, model, optim, train
+
+SETTINGS = {
+    "layers": 2,
+    "width": 32,
+    "heads": 2,
+    "patch": 2,
+    "channels": 4,
+    "text_width": 12,
+    "vision_width": 6,
+    "dtype": "float32",
+    "remat": "none",
+    "scan_unroll": 1,
+    "attention": "xla",
+}
+
+
+def inputs(batch=3, height=8, width=12, tokens=7, seed=0):
+    rng = np.random.default_rng(seed)
+    conditions = {
+        "text": rng.standard_normal((batch, tokens, 12)).astype(np.float32),
+        "text_length": rng.integers(2, tokens + 1, batch).astype(np.int32),
+        "vision": rng.standard_normal((batch, 6)).astype(np.float32),
+    }
+    x = rng.standard_normal((batch, height, width, 4)).astype(np.float32)
+    t = rng.uniform(0.05, 0.95, batch).astype(np.float32)
+    return (
+        jnp.asarray(x),
+        jnp.asarray(t),
+        jax.tree.map(jnp.asarray, conditions),
+        jnp.zeros(batch, bool),
+        jnp.zeros(batch, bool),
+    )
+
+
+def trained_like(seed=0, **changes):
+    """A model whose zero-initialised layers are filled, so that every path speaks."""
+    graph, shapes = model.abstract(SETTINGS | changes)
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        scale = np.sqrt(1 / leaf.shape[-2]) if path[-1].key == "kernel" else 0.3
+        return jnp.asarray((path[-1].key == "scale") + scale * rng.standard_normal(leaf.shape), jnp.float32)
+
+    return graph, jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def numpy_dit(p, x, t, conditions, drop_text, drop_vision, settings=SETTINGS):
+    """The DiT of DESIGN.md written again in NumPy, one sample and one layer at a time."""
+    f = np.float64
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, f), p)
+    heads, patch = settings["heads"], settings["patch"]
+    d = settings["width"] // heads
+
+    def dense(layer, v):
+        return v @ layer["kernel"] + layer["bias"]
+
+    def rms(scale, v):
+        return v / np.sqrt((v**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+    def norm(v):
+        return (v - v.mean(-1, keepdims=True)) / np.sqrt(v.var(-1, keepdims=True) + 1e-6)
+
+    def silu(v):
+        return v / (1 + np.exp(-v))
+
+    def gelu(v):
+        return 0.5 * v * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3)))
+
+    def turn(v, place):  # v [heads, d] at (row, column)
+        quarter = d // 4
+        out = v.copy()
+        for pair in range(d // 2):
+            angle = place[pair // quarter] * 100.0 ** (-(pair % quarter) / quarter)
+            a, b = v[:, pair], v[:, pair + d // 2]
+            out[:, pair] = a * np.cos(angle) - b * np.sin(angle)
+            out[:, pair + d // 2] = a * np.sin(angle) + b * np.cos(angle)
+        return out
+
+    def attend(layer, v, context, places):
+        q = dense(layer["query"], v).reshape(len(v), heads, d)
+        k, value = np.split(dense(layer["key_value"], context).reshape(len(context), 2 * heads, d), 2, 1)
+        q, k = rms(layer["query_norm"]["scale"], q), rms(layer["key_norm"]["scale"], k)
+        if places is not None:
+            q = np.stack([turn(row, place) for row, place in zip(q, places)])
+            k = np.stack([turn(row, place) for row, place in zip(k, places)])
+        out = np.zeros((len(v), heads, d))
+        for h in range(heads):
+            logits = q[:, h] @ k[:, h].T / np.sqrt(d)
+            weights = np.exp(logits - logits.max(-1, keepdims=True))
+            out[:, h] = weights / weights.sum(-1, keepdims=True) @ value[:, h]
+        return dense(layer["out"], out.reshape(len(v), -1))
+
+    results = []
+    for i in range(len(x)):
+        height, width, _ = x[i].shape
+        gh, gw = height // patch, width // patch
+        scale = 64 / np.sqrt(gh * gw)
+        tokens, places = [], []
+        for r in range(gh):
+            for c in range(gw):
+                tokens.append(np.asarray(x[i], f)[r * patch : (r + 1) * patch, c * patch : (c + 1) * patch].ravel())
+                places.append(((r - (gh - 1) / 2) * scale, (c - (gw - 1) / 2) * scale))
+        frequencies = 10_000.0 ** (-np.arange(128) / 128)
+        angles = 1000 * f(t[i]) * frequencies
+        time = dense(p["time_out"], silu(dense(p["time_in"], np.concatenate([np.cos(angles), np.sin(angles)]))))
+        vision = p["null_vision"] if drop_vision[i] else np.asarray(conditions["vision"][i], f)
+        condition = silu(time + dense(p["vision_out"], silu(dense(p["vision_in"], vision))))
+        text = np.asarray(conditions["text"][i], f)[: conditions["text_length"][i]]
+        text = p["null_text"][None] if drop_text[i] else text
+        text = rms(p["text_norm"]["scale"], dense(p["text_in"], text))
+        h = dense(p["patch_in"], np.stack(tokens))
+        for n in range(settings["layers"]):
+            block = jax.tree.map(lambda leaf, n=n: leaf[n], p["blocks"])
+            s1, c1, g1, s2, c2, g2 = np.split(dense(block["modulation"], condition), 6)
+            a = norm(h) * (1 + c1) + s1
+            h = h + g1 * attend(block["self_attention"], a, a, places)
+            h = h + attend(block["cross_attention"], rms(block["cross_norm"]["scale"], h), text, None)
+            a = norm(h) * (1 + c2) + s2
+            h = h + g2 * dense(block["mlp_out"], gelu(dense(block["mlp_in"], a)))
+        shift, scale_ = np.split(dense(p["final_modulation"], condition), 2)
+        h = dense(p["patch_out"], norm(h) * (1 + scale_) + shift)
+        out = np.zeros(x[i].shape)
+        for n, token in enumerate(h):
+            r, c = divmod(n, gw)
+            out[r * patch : (r + 1) * patch, c * patch : (c + 1) * patch] = token.reshape(patch, patch, -1)
+        results.append(out)
+    return np.stack(results)
+
+
+def test_the_model_agrees_with_numpy():
+    graph, params = trained_like()
+    x, t, conditions, _, _ = inputs()
+    drop_text, drop_vision = jnp.array([False, True, False]), jnp.array([True, False, False])
+    got = jax.jit(nnx.merge(graph, params))(x, t, conditions, drop_text, drop_vision)
+    want = numpy_dit(params, np.asarray(x), np.asarray(t), jax.tree.map(np.asarray, conditions), drop_text, drop_vision)
+    np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("changes", [{"remat": "block"}, {"scan_unroll": 2}])
+def test_remat_and_unroll_change_nothing(changes):
+    graph, params = trained_like()
+    other, _ = trained_like(**changes)
+    arguments = inputs()
+
+    def loss(graph):
+        return lambda params: jnp.square(nnx.merge(graph, params)(*arguments)).sum()
+
+    for ours, theirs in zip(*(jax.tree.leaves(jax.jit(jax.grad(loss(g)))(params)) for g in (graph, other))):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * float(jnp.abs(ours).max()) + 1e-6)
+
+
+def test_padding_has_exactly_no_influence():
+    graph, params = trained_like()
+    x, t, conditions, drop, _ = inputs(tokens=7)
+    run = jax.jit(lambda text, x: nnx.merge(graph, params)(x, t, conditions | {"text": text}, drop, drop))
+    poisoned = np.array(conditions["text"])
+    for row, length in zip(poisoned, conditions["text_length"]):
+        row[length:] = 1e4
+    np.testing.assert_array_equal(run(conditions["text"], x), run(jnp.asarray(poisoned), x))
+    gradient = jax.grad(lambda text: jnp.square(run(text, x)).sum())(conditions["text"])
+    for row, length in zip(np.asarray(gradient), conditions["text_length"]):
+        assert (row[length:] == 0).all() and (np.abs(row[:length]).max(-1) > 0).all()
+
+
+def test_dropped_conditions_have_no_influence_and_present_ones_do():
+    graph, params = trained_like()
+    x, t, conditions, keep, _ = inputs()
+    drop = ~keep
+    run = jax.jit(lambda c, dt, dv: nnx.merge(graph, params)(x, t, c, dt, dv))
+    other = {name: value + 1 if name != "text_length" else value for name, value in conditions.items()}
+    np.testing.assert_array_equal(run(conditions, drop, drop), run(other, drop, drop))
+    shorter = conditions | {"text_length": jnp.ones_like(conditions["text_length"])}
+    np.testing.assert_array_equal(run(conditions, drop, keep), run(shorter, drop, keep))
+    for name, (dt, dv) in {"text": (keep, drop), "vision": (drop, keep)}.items():
+        changed = run(conditions | {name: other[name]}, dt, dv)
+        assert jnp.abs(changed - run(conditions, dt, dv)).max() > 1e-3
+
+
+def test_a_new_model_predicts_zero_and_every_conditioning_path_learns():
+    graph, _ = model.abstract(SETTINGS)
+    params = start = jax.jit(partial(model.initial_parameters, SETTINGS, 0))()
+    x, t, conditions, drop, _ = inputs(batch=8)
+    np.testing.assert_array_equal(nnx.merge(graph, params)(x, t, conditions, drop, drop), 0)
+    options = {"mean": 0.0, "std": 1.0, "shift": 1.0, "drop_both": 0.1, "drop_text": 0.1, "drop_vision": 0.1}
+    optimizer = optim.make_optimizer(lambda _: 1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+    state = optimizer.init(params)
+    batch = conditions | {"latent": x}
+
+    @jax.jit
+    def step(params, state, n):
+        def loss(params):
+            return flow.losses(nnx.merge(graph, params), batch, flow.sample_keys(0, n, 0, 8), **options).mean()
+
+        gradients = jax.grad(loss)(params)
+        changes, state = optimizer.update(gradients, state, params)
+        return jax.tree.map(jnp.add, params, changes), state, gradients
+
+    for n in range(20):
+        params, state, gradients = step(params, state, n)
+    for (path, gradient), new, old in zip(
+        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(params), jax.tree.leaves(start)
+    ):
+        name = jax.tree_util.keystr(path)
+        if name.endswith("key_value']['bias']"):  # a bias of all keys cancels in the softmax; the values' half moves
+            gradient, new, old = (leaf[:, leaf.shape[-1] // 2 :] for leaf in (gradient, new, old))
+        per_layer = gradient if "blocks" in name else gradient[None]
+        assert (jnp.abs(per_layer).reshape(len(per_layer), -1).max(-1) > 0).all(), f"no gradient reaches {name}"
+        assert jnp.abs(new - old).max() > 0, f"{name} has not moved"
+
+
+def test_positions_span_the_same_range_at_every_resolution():
+    for grid in (8, 16, 64):
+        places = np.asarray(model.positions(grid, grid))
+        np.testing.assert_allclose(places.mean(0), 0, atol=1e-4)
+        np.testing.assert_allclose(np.ptp(places, 0), 64 * (grid - 1) / grid, rtol=1e-5)
+    wide = np.asarray(model.positions(4, 16))
+    np.testing.assert_allclose(wide[1] - wide[0], [0, 8], atol=1e-5)  # row-major, square steps of 64 / sqrt(64)
+
+
+def test_attention_logits_stay_bounded_however_large_the_projections():
+    graph, params = trained_like()
+    big = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * 100 if {"query", "key_value"} & {part.key for part in path} else leaf, params
+    )
+    arguments = inputs()
+    out = jax.jit(nnx.merge(graph, big))(*arguments)
+    assert jnp.isfinite(out).all()
+    attention = model.Attention(
+        32, 2, zero=False, dtype=jnp.float32, implementation="xla", rngs=nnx.Rngs(0)
+    )  # fmt: skip
+    q = attention.query_norm(
+        (100 * attention.query(jax.random.normal(jax.random.key(0), (3, 5, 32)))).reshape(3, 5, 2, 16)
+    )
+    assert (jnp.linalg.norm(q, axis=-1) <= 4 * 1.001).all()  # sqrt(head size) times a gain of 1
+
+
+def test_patches_are_row_major_with_row_column_channel_inside():
+    x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    patches = np.asarray(model.patchify(jnp.asarray(x), 2))
+    np.testing.assert_array_equal(patches[1, 4], x[1, 2:4, 2:4].ravel())
+    np.testing.assert_array_equal(model.unpatchify(jnp.asarray(patches), 4, 6, 2), x)
+
+
+def test_bfloat16_follows_float32():
+    graph, params = trained_like()
+    half, _ = trained_like(dtype="bfloat16")
+    arguments = inputs()
+    want = nnx.merge(graph, params)(*arguments)
+    got = nnx.merge(half, params)(*arguments)
+    assert got.dtype == jnp.float32
+    assert jnp.linalg.norm(got - want) / jnp.linalg.norm(want) < 3e-2
+
+
+def test_accumulated_gradients_equal_those_of_one_batch():
+    graph, params = trained_like()
+    x, _, conditions, _, _ = inputs(batch=16)
+    batch = conditions | {"latent": x}
+    options = {"mean": 0.0, "std": 1.0, "shift": 1.0, "drop_both": 0.1, "drop_text": 0.1, "drop_vision": 0.1}
+    zeros = train.new_total(params)
+    accumulate = jax.jit(partial(train.accumulate_gradients, graph, options, 0))
+
+    def cut(first, count):
+        return {name: value[first : first + count] for name, value in batch.items()}
+
+    whole = accumulate(params, zeros, batch, jnp.array([5, 0]))
+    total = zeros
+    for first in range(0, 16, 4):
+        total = accumulate(params, total, cut(first, 4), jnp.array([5, first]))
+    for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(total)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(jnp.abs(ours).max()) + 1e-6)
+    assert jax.tree.leaves(total)[0].dtype == jnp.float32
