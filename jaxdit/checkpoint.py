@@ -7,6 +7,7 @@ checkpoint or none. Old steps lose state and data first and keep their EMA, as a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -23,6 +24,10 @@ SNAPSHOTS, LONG_INTERVAL = 10, 50_000  # EMA snapshots kept: the newest ten, and
 ITEMS = ("state", "ema", "data")
 
 
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; the message says why and which step is the last complete one."""
+
+
 class Checkpoints:
     """The checkpoints of one working folder.
 
@@ -35,7 +40,9 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, *, every: int, keep: int):
         self.folder = Path(workdir).resolve() / "checkpoints"
         self.every, self.keep = every, keep
-        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        # Folders are made before save returns: a disk that refuses is then an error, not five minutes of waiting.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
     def steps(self, item: str = "state") -> list[int]:
         """The steps at which `item` was saved completely, ascending."""
@@ -45,27 +52,39 @@ class Checkpoints:
         """Start saving in the background; the arrays are copied before this returns.
 
         Raises:
-          OSError, RuntimeError: the save before this one failed.
+          SaveFailed: this save, or the one before it, could not be written.
         """
-        self._writer.wait_until_finished()
         target = self.folder / str(step)
-        if target.exists():
-            return
-        self._writer.save(
-            target,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), ema=ocp.args.StandardSave(ema), data=ocp.args.JsonSave(data)
-            ),
-        )
+        with self._naming_failures():
+            self._writer.wait_until_finished()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                items = ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), ema=ocp.args.StandardSave(ema), data=ocp.args.JsonSave(data)
+                )
+                self._writer.save(target, args=items)
 
     def check(self) -> None:
-        """Raise the error of a failed background save, if there is one."""
-        self._writer.check_for_errors()
+        """Raise SaveFailed if a background save has failed."""
+        with self._naming_failures():
+            self._writer.check_for_errors()
 
     def wait(self) -> None:
-        """Wait for the save in hand, then remove what is no longer kept."""
-        self._writer.wait_until_finished()
-        self._prune()
+        """Wait for the save in hand, then remove what is no longer kept; raises SaveFailed."""
+        with self._naming_failures():
+            self._writer.wait_until_finished()
+            self._prune()
+
+    @contextlib.contextmanager
+    def _naming_failures(self):
+        try:
+            yield
+        except Exception as error:  # Orbax passes on whatever its threads met
+            complete = self.steps()
+            raise SaveFailed(
+                f"{self.folder}: a checkpoint could not be saved ({_first_line(error)}). The last complete one is "
+                f"{f'step {complete[-1]}' if complete else 'none'}; make room or mend the disk, and start again to go on."
+            ) from error
 
     def close(self) -> None:
         self._writer.close()

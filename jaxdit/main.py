@@ -17,12 +17,15 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Working folder: checkpoints, met
 
 
 def main(config) -> int:
-    from jaxdit import report, train
+    from jaxdit import checkpoint, report, train
 
     try:
         result = train.train(config, WORKDIR.value)
     except train.TrainingStopped as error:
         return commandline.fail(str(error))
+    except checkpoint.SaveFailed as error:
+        commandline.fail(str(error))
+        os._exit(1)  # a failed save leaves threads behind that fill pages when the interpreter ends them
     print(f"The run's page: {report.write(WORKDIR.value)}")
     return 0 if result == "done" else 3
 

@@ -74,7 +74,9 @@ class Clock:
         self._ticks = deque(((at + seconds, *rest) for at, *rest in self._ticks), maxlen=self._ticks.maxlen)
 
     def look(self) -> dict[str, float]:
-        """images_per_second and data_wait_fraction over the window."""
+        """images_per_second and data_wait_fraction over the window; None before there is a step to judge by."""
+        if len(self._ticks) < 3:
+            return {"images_per_second": None, "data_wait_fraction": None}
         (start, wait, images), (end, all_wait, all_images) = self._ticks[0], self._ticks[-1]
         passed = max(end - start, 1e-9)
         return {
@@ -95,9 +97,11 @@ def duration(seconds: float) -> str:
 def progress_line(row: dict[str, Any], total_steps: int, batch_size: int) -> str:
     """One line that says where the run stands; the time left is at the rate of this leg."""
     rate = row["images_per_second"]
-    left = duration((total_steps - row["step"]) * batch_size / rate) if rate else "unknown"
+    speed = "rate not known yet"
+    if rate:
+        left = duration((total_steps - row["step"]) * batch_size / rate)
+        speed = f"{rate:.1f} images/s  waiting for data {row['data_wait_fraction']:.0%}  left {left}"
     return (
         f"step {row['step']:,}/{total_steps:,}  loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3g}  "
-        f"lr {row['learning_rate']:.2e}  {row['images_per_second']:.1f} images/s  "
-        f"waiting for data {row['data_wait_fraction']:.0%}  left {left}"
+        f"lr {row['learning_rate']:.2e}  {speed}"
     )

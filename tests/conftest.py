@@ -1,4 +1,4 @@
-"""Settings of the whole suite: compiled programs are kept between tests, one CPU device unless a test asks for more."""
+"""Settings of the whole suite: quick compilation, compiled programs kept between tests, one CPU device unless asked."""
 
 import os
 import sys
@@ -9,3 +9,4 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests share small helpers: mak
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "jaxdit-test-compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

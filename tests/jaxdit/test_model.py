@@ -85,6 +85,10 @@ def numpy_dit(p, x, t, conditions, drop_text, drop_vision, settings=SETTINGS):
             out[:, pair + d // 2] = a * np.sin(angle) + b * np.cos(angle)
         return out
 
+    def where(place, size):
+        angles = np.concatenate([place[axis] * 100.0 ** (-np.arange(size // 4) / (size // 4)) for axis in (0, 1)])
+        return np.concatenate([np.sin(angles), np.cos(angles)])
+
     def attend(layer, v, context, places):
         q = dense(layer["query"], v).reshape(len(v), heads, d)
         k, value = np.split(dense(layer["key_value"], context).reshape(len(context), 2 * heads, d), 2, 1)
@@ -117,7 +121,7 @@ def numpy_dit(p, x, t, conditions, drop_text, drop_vision, settings=SETTINGS):
         text = np.asarray(conditions["text"][i], f)[: conditions["text_length"][i]]
         text = p["null_text"][None] if drop_text[i] else text
         text = rms(p["text_norm"]["scale"], dense(p["text_in"], text))
-        h = dense(p["patch_in"], np.stack(tokens))
+        h = dense(p["patch_in"], np.stack(tokens)) + np.stack([where(place, settings["width"]) for place in places])
         for n in range(settings["layers"]):
             block = jax.tree.map(lambda leaf, n=n: leaf[n], p["blocks"])
             s1, c1, g1, s2, c2, g2 = np.split(dense(block["modulation"], condition), 6)

@@ -1,0 +1,48 @@
+"""The nano run: 100 images, 5,000 steps, and then the gate; an hour on a 4090. Nothing bigger begins before it passes.
+
+python -m jaxdit.main --config=configs/nano.py --workdir=DIR --config.data.path=OUT/RES
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    del arg
+    return ConfigDict(
+        {
+            "data": {"path": "", "holdout_fraction": 0.0, "text_lengths": (), "normalize_vision": False},
+            "model": {
+                "layers": 12,
+                "width": 384,
+                "heads": 6,
+                "patch": 2,
+                "dtype": "auto",
+                "remat": "none",
+                "scan_unroll": 1,
+            },
+            "flow": {
+                "mean": 0.0,
+                "std": 1.0,
+                "shift": 1.0,
+                "drop_both": 0.1,
+                "drop_text": 0.1,
+                "drop_vision": 0.1,
+                "flip": 0.5,
+            },
+            "optim": {
+                "peak_learning_rate": 3e-4,
+                "end_learning_rate": 1e-6,
+                "warmup_steps": placeholder(int),
+                "b1": 0.9,
+                "b2": 0.95,
+                "eps": 1e-8,
+                "weight_decay": 0.03,
+                "clip_norm": 1.0,
+                "ema_decay": 0.9999,
+            },
+            "train": {"seed": 0, "total_steps": 5_000, "batch_size": 64, "micro_batch": 32, "log_every": 50},
+            "checkpoint": {"every": 1_000, "minutes": 30.0, "keep": 2},
+            "sample": {"steps": 28, "text_guidance": 3.0, "vision_guidance": 1.5, "shift": 1.0},
+        }
+    )

@@ -1,0 +1,34 @@
+# Sourced by our scripts: makes .venv and installs requirements.txt into it, once for each content of that file.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if ! command -v sha256sum >/dev/null; then sha256sum() { shasum -a 256 "$@"; }; fi
+
+if [ "$(cat .venv/installed 2>/dev/null)" != "$(sha256sum requirements.txt)" ]; then
+  python=""
+  for candidate in python3.12 python3.11 python3.13 python3; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      python="$candidate"
+      break
+    fi
+  done
+  if [ -z "$python" ]; then
+    echo "Error: no Python of version 3.11 or newer with venv was found; install one (on Debian: python3-venv)." >&2
+    exit 2
+  fi
+  [ -x .venv/bin/python ] || "$python" -m venv .venv || exit 1
+  torch="$(grep '^torch==' requirements.txt)"
+  # The plain name on Linux pulls gigabytes of CUDA packages; PyTorch's own index has the small CPU build.
+  if .venv/bin/python -c 'import urllib.request as u; u.urlopen("https://download.pytorch.org/whl/cpu/torch/", timeout=5)' 2>/dev/null; then
+    echo "Installing $torch from PyTorch's index of CPU builds, then the rest of requirements.txt ..."
+    .venv/bin/pip install --quiet --disable-pip-version-check --index-url https://download.pytorch.org/whl/cpu "$torch" || exit 1
+  else
+    echo "PyTorch's index of CPU builds cannot be reached; installing $torch from the default index ..."
+    .venv/bin/pip install --quiet --disable-pip-version-check "$torch" || exit 1
+  fi
+  .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt || exit 1
+  sha256sum requirements.txt > .venv/installed
+fi
+
+# XLA maps a step's temporaries afresh at every call: with huge pages a step takes a quarter less on the CPU.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+python=.venv/bin/python

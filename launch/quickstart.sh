@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# From a fresh clone to pictures: environment, photographs, encoding, training, the gate, samples, and a page to look at.
+#
+#   launch/quickstart.sh                      the generated photographs; about a quarter of an hour on two cores, no GPU
+#   launch/quickstart.sh --images=DIR         your own captioned photographs, through the same small encoders
+#   launch/quickstart.sh --out=DIR            where everything goes (default: quickstart, or quickstart-own with --images)
+#   launch/quickstart.sh --steps=N            train only N steps; the gate is then expected to fail
+#
+# Run again, it goes on where it stopped.
+set -euo pipefail
+
+images="" steps="" out=""
+for argument in "$@"; do
+  case "$argument" in
+    --images=*) images="$(cd "${argument#*=}" 2>/dev/null && pwd)" || { echo "Error: $argument: no such folder." >&2; exit 2; } ;;
+    --steps=*) steps="${argument#*=}" ;;
+    --out=*) mkdir -p "${argument#*=}" && out="$(cd "${argument#*=}" && pwd)" ;;
+    --help | -h) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) echo "Error: $argument is not understood; launch/quickstart.sh --help says what is." >&2; exit 2 ;;
+  esac
+done
+if [ -n "$steps" ] && ! [[ "$steps" =~ ^[1-9][0-9]*$ ]]; then
+  echo "Error: --steps=$steps: a whole number above 0 is wanted." >&2
+  exit 2
+fi
+
+began=$SECONDS times=""
+stage() { # stage NAME COMMAND...: runs it and remembers how long it took
+  local name="$1" start=$SECONDS code=0
+  shift
+  echo "== $name"
+  "$@" || code=$?
+  times+="$(printf '%-16s %4d s' "$name" $((SECONDS - start)))"$'\n'
+  return $code
+}
+
+source "$(dirname "$0")/environment.sh"
+out="${out:-$PWD/quickstart${images:+-own}}"
+mkdir -p "$out"
+
+if [ -z "$images" ]; then
+  images="$out/photographs" own=""
+  stage "photographs" $python -m encode.demo --out="$images"
+else
+  own=yes
+fi
+stage "encode" $python -m encode.main --config=configs/encode_demo.py --config.images="$images" --config.out="$out/encoded"
+
+training=(--config=configs/quickstart.py --workdir="$out/run" --config.data.path="$out/encoded/128")
+if [ -n "$steps" ]; then
+  training+=(--config.train.total_steps="$steps" --config.optim.warmup_steps=$((steps / 10)))
+fi
+stage "train" $python -m jaxdit.main "${training[@]}"
+
+newest="$(ls "$out/run/checkpoints" | sort -n | tail -1)"
+done_for() { [ "$(cat "$1" 2>/dev/null)" = "$newest" ]; } # whether a stage has been done for the newest checkpoint
+
+code=0
+if done_for "$out/run/gate/step"; then
+  grep -q '"verdict": "pass"' "$out/run/gate/gate.json" || code=1
+  echo "== gate: step $newest has been judged before"
+else
+  stage "gate" $python -m jaxdit.validate --workdir="$out/run" || code=$?
+  [ $code -le 1 ] || exit $code
+  echo "$newest" > "$out/run/gate/step"
+fi
+if ! done_for "$out/samples/step"; then
+  stage "samples" $python -m jaxdit.sample --workdir="$out/run" --out="$out/samples"
+  echo "$newest" > "$out/samples/step"
+fi
+stage "page" $python -m jaxdit.report --workdir="$out/run" --samples="$out/samples" --encoded="$out/encoded/report.html" \
+  --out="$out/index.html"
+
+verdict="$(sed -n 's/.*"verdict": "\(.*\)".*/\1/p' "$out/run/gate/gate.json")"
+printf '\n%s%-16s %4d s\n\n' "$times" "in all" $((SECONDS - began))
+echo "The gate says: $verdict. Look at $out/index.html"
+if [ -n "$steps" ]; then
+  # Too short a training to pass: what is checked is that the gate says so.
+  if [ "$verdict" = fail ] && [ $code -eq 1 ]; then exit 0; fi
+  echo "Error: after $steps steps the gate was expected to fail, but its verdict is $verdict (exit code $code)." >&2
+  exit 1
+fi
+[ -z "$own" ] || exit 0
+exit $code

@@ -1,0 +1,330 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import make_data
+import numpy as np
+import pytest
+
+from configs import full, nano, quickstart
+from encode.records import InputError
+from jaxdit import checkpoint, metrics, model, optim, train, trained
+
+ROOT = Path(__file__).parents[2]
+WIDTHS = {"latent": 16, "text": 12, "vision": 6}
+
+
+def tiny(path, **changes):
+    config = quickstart.get_config()
+    small = {
+        "data.path": str(path),
+        "data.text_lengths": (16,),
+        "model.layers": 1,
+        "model.width": 32,
+        "model.heads": 2,
+        "optim.warmup_steps": 2,
+        "train.total_steps": 20,
+        "train.batch_size": 4,
+        "train.micro_batch": 2,
+        "train.log_every": 1,
+        "checkpoint.every": 6,
+    }
+    for name, value in (small | changes).items():
+        section, field = name.split(".")
+        config[section][field] = value
+    return config
+
+
+def command(path, workdir, **changes):
+    """The real command line of the tiny configuration."""
+    config, base = tiny(path, **changes), quickstart.get_config()
+    overrides = [
+        f"--config.{section}.{name}={value}"
+        for section in base
+        for name, value in config[section].items()
+        if value != base[section][name]
+    ]
+    return [sys.executable, "-m", "jaxdit.main", "--config=configs/quickstart.py", f"--workdir={workdir}", *overrides]
+
+
+def run(*arguments, **changes):
+    return subprocess.run(command(*arguments, **changes), cwd=ROOT, capture_output=True, text=True)
+
+
+def weights(workdir, raw=False):
+    _, shapes = model.abstract(trained.model_settings(tiny("")["model"], WIDTHS))
+    return checkpoint.restore_weights(workdir, shapes, raw=raw)
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "64"
+    make_data.dataset(root, {"64x64": 9, "48x80": 6})
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(path, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train.train(tiny(path), workdir) == "done"
+    return workdir
+
+
+def curve(workdir, *names):
+    return [tuple(row[name] for name in ("step", *names)) for row in metrics.read(workdir)]
+
+
+def test_resume_is_bit_identical_after_sigkill_at_random_points(path, undisturbed, tmp_path):
+    workdir, chance = tmp_path / "run", random.Random(time.time())
+    for kill in range(int(os.environ.get("JAXDIT_KILLS", 3))):
+        process = subprocess.Popen(
+            command(path, workdir), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        steps_before = len(metrics.read(workdir))
+        for _ in range(600):  # wait until it trains, then a little longer
+            if process.poll() is not None or len(metrics.read(workdir)) != steps_before:
+                break
+            time.sleep(0.1)
+        time.sleep(chance.uniform(0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert kill > 0 or not (workdir / "checkpoints" / "20").exists()
+    last = run(path, workdir)
+    assert last.returncode == 0, last.stderr
+    assert curve(workdir, "loss", "grad_norm", "learning_rate") == curve(
+        undisturbed, "loss", "grad_norm", "learning_rate"
+    )
+    for raw in (False, True):
+        (step, ours), (other, theirs) = weights(workdir, raw), weights(undisturbed, raw)
+        assert step == other == 20
+        assert_same(ours, theirs)
+
+
+def test_sigterm_saves_and_the_rest_of_the_run_is_the_same(path, undisturbed, tmp_path):
+    process = subprocess.Popen(
+        command(path, tmp_path / "run", **{"checkpoint.every": 1000}), cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    while len(metrics.read(tmp_path / "run")) < 3 and process.poll() is None:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait() in (0, 3)
+    first = checkpoint.saved_steps(tmp_path / "run")[-1]
+    assert train.train(tiny(path), tmp_path / "run") == "done"
+    assert 3 <= first <= 20
+    assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
+
+
+def test_a_finished_run_started_again_does_nothing(path, undisturbed):
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    assert train.train(tiny(path), undisturbed) == "done"
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def test_loss_falls_and_every_step_is_logged_once(undisturbed):
+    rows = metrics.read(undisturbed)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert abs(rows[0]["loss"] - 2) < 0.4  # zero-initialised: E|noise - x0|^2
+    assert np.mean([row["loss"] for row in rows[-5:]]) < rows[0]["loss"]
+    assert {"samples_seen", "images_per_second", "data_wait_fraction", "updates"} <= rows[-1].keys()
+    assert rows[-1]["samples_seen"] == 80
+    assert any((undisturbed / "tensorboard").iterdir())
+
+
+def test_ema_and_raw_weights_are_both_kept_and_differ(undisturbed):
+    (_, averaged), (_, raw) = weights(undisturbed), weights(undisturbed, raw=True)
+    kernel = averaged["blocks"]["mlp_in"]["kernel"], raw["blocks"]["mlp_in"]["kernel"]
+    assert kernel[0].dtype == jnp.float32 and (kernel[0] != kernel[1]).any()
+
+
+def test_micro_batches_change_nothing_but_rounding(path, tmp_path):
+    """The same bucket draws are needed, so one bucket only: 4 samples at once, or 2 and 2."""
+    make_data.dataset(tmp_path / "64", {"64x64": 8})
+    losses = []
+    for micro in (4, 2):
+        workdir = tmp_path / f"run{micro}"
+        config = tiny(tmp_path / "64", **{"train.micro_batch": micro, "train.total_steps": 20, "flow.flip": 0.0})
+        config.train.total_steps = 20
+        train.train(config, workdir)
+        losses.append([row["loss"] for row in metrics.read(workdir)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.width": 48}, "model.width=32, now it is 48"),
+        ({"train.seed": 1}, "train.seed=0, now it is 1"),
+        ({"flow.shift": 1.0}, "flow.shift=3.0, now it is 1.0"),
+    ],
+)
+def test_a_folder_begun_with_another_configuration_is_refused(path, undisturbed, change, words):
+    before = sorted(p.name for p in undisturbed.rglob("*"))
+    with pytest.raises(InputError, match=words):
+        train.train(tiny(path, **change), undisturbed)
+    assert sorted(p.name for p in undisturbed.rglob("*")) == before
+
+
+def test_a_folder_begun_with_other_data_is_refused(undisturbed, tmp_path):
+    make_data.dataset(tmp_path / "64", {"64x64": 9, "48x80": 6}, seed=5)
+    with pytest.raises(InputError, match="another data set: latent_mean"):
+        train.train(tiny(tmp_path / "64"), undisturbed)
+
+
+def test_a_folder_that_is_no_working_folder_is_refused(path, tmp_path):
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(InputError, match=r"holds holiday\.jpg but no config\.json"):
+        train.train(tiny(path), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_what_may_change_is_recorded(path, tmp_path):
+    train.train(tiny(path), tmp_path / "run")
+    train.train(tiny(path, **{"train.total_steps": 24}), tmp_path / "run")
+    history = [json.loads(line) for line in (tmp_path / "run" / "config_history.jsonl").read_text().splitlines()]
+    assert [(row["field"], row["from"], row["to"]) for row in history] == [("train.total_steps", 20, 24)]
+    assert metrics.read(tmp_path / "run")[-1]["step"] == 24
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.dtype": "float16"}, "float16 is refused"),
+        ({"optim.warmup_steps": 15}, r"optim.warmup_steps=15 .*train.total_steps=20"),
+        ({"train.micro_batch": 3}, r"train.batch_size=4 .*train.micro_batch=3"),
+        ({"model.heads": 3}, r"model.width=32 .*model.heads=3"),
+        ({"flow.drop_both": 0.9}, "flow.drop_both"),
+        ({"data.path": ""}, "data.path is empty"),
+        ({"data.path": "/nowhere"}, "no such folder"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_written(path, tmp_path, change, words):
+    with pytest.raises(InputError, match=words):
+        train.train(tiny(path, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.train.total_step=200", "total_steps"),
+        ("--config.modle.layers=2", "model"),
+        ("--config.train.total_steps=many", "total_steps"),
+        ("--config=configs/nothing.py", "configs/nothing.py"),
+        ("--confg=1", "confg"),
+    ],
+)
+def test_what_the_command_line_does_not_know_is_one_sentence_and_exit_code_2(tmp_path, argument, words):
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxdit.main", f"--workdir={tmp_path / 'run'}", argument],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert words in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") <= 3
+
+
+def settled(state):
+    optimizer = optim.make_optimizer(lambda _: 1e-2, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.03, clip_norm=1.0)
+    start = {
+        "params": state,
+        "ema": jax.tree.map(jnp.copy, state),
+        "opt_state": optimizer.init(state),
+        "updates": jnp.int32(3),
+        "voided": jnp.int32(0),
+        "voided_in_row": jnp.int32(0),
+    }
+    return jax.jit(partial(train.apply_update, optimizer, lambda _: 1e-2, 0.9999, 4)), start
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_poisoned_update_moves_nothing_and_the_next_is_normal(poison):
+    update, start = settled({"kernel": jnp.ones((3, 3))})
+    good = {"gradients": {"kernel": jnp.full((3, 3), 4.0)}, "loss": jnp.float32(4.0)}
+    bad = {"gradients": {"kernel": jnp.full((3, 3), 4.0).at[1, 1].set(poison)}, "loss": jnp.float32(4.0)}
+    voided, row = update(start, bad)
+    assert_same({k: voided[k] for k in ("params", "ema", "opt_state", "updates")},
+                {k: start[k] for k in ("params", "ema", "opt_state", "updates")})  # fmt: skip
+    assert int(voided["voided"]) == int(voided["voided_in_row"]) == 1 and not np.isfinite(row["grad_norm"])
+    after, row = update(voided, good)
+    direct, _ = update(start, good)
+    assert_same(after["params"], direct["params"])
+    assert int(after["updates"]) == 4 and int(after["voided_in_row"]) == 0 and float(row["loss"]) == 1.0
+    assert float(row["grad_norm"]) == pytest.approx(3.0)  # the mean over four samples
+
+
+def test_a_small_gradient_is_not_lost_in_the_sum():
+    total = {"gradients": {"kernel": jnp.zeros(1, jnp.float32)}, "loss": jnp.float32(0)}
+    for value in [1.0] + 256 * [1e-4]:
+        total = jax.tree.map(jnp.add, total, {"gradients": {"kernel": jnp.full(1, value)}, "loss": jnp.float32(0)})
+    np.testing.assert_allclose(total["gradients"]["kernel"], 1.0256, atol=2e-5)
+
+
+def test_a_run_of_poison_stops_and_names_the_last_good_checkpoint(tmp_path):
+    written = make_data.dataset(tmp_path / "64", {"64x64": 4})
+    dataset = json.loads((tmp_path / "64" / "dataset.json").read_text())
+    dataset["latent_std"] = [0.0] * 16  # every normalised latent is infinite
+    (tmp_path / "64" / "dataset.json").write_text(json.dumps(dataset))
+    assert written
+    with pytest.raises(train.TrainingStopped, match=r"10 updates in a row up to step 1\d .*none in"):
+        train.train(tiny(tmp_path / "64", **{"train.total_steps": 40, "checkpoint.every": 1000}), tmp_path / "run")
+    assert metrics.read(tmp_path / "run")[-1]["loss"] is None
+
+
+def test_eight_devices_compute_what_one_does(path, undisturbed, tmp_path):
+    config = {"train.batch_size": 8, "train.micro_batch": 8, "train.total_steps": 20, "checkpoint.every": 1000}
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    done = subprocess.run(
+        command(path, tmp_path / "eight", **config), cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 x cpu" in done.stderr
+    train.train(tiny(path, **config), tmp_path / "one")
+    for name, tolerance in (("loss", 1e-4), ("learning_rate", 0)):
+        ours, theirs = ([row[1] for row in curve(tmp_path / part, name)] for part in ("eight", "one"))
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance)
+    assert weights(tmp_path / "eight")[0] == 20  # written by eight, read by one
+
+
+def test_the_full_model_has_its_size_in_every_stage():
+    for stage in ("256", "512", "1024"):
+        config = full.get_config(stage)
+        settings = trained.model_settings(config.model, {"latent": 16, "text": 1024, "vision": 1024})
+        count = model.count_parameters(model.abstract(settings)[1])
+        assert 400e6 < count < 600e6
+        config.data.path = "somewhere"
+        train.folder.check(config, devices=1)
+    with pytest.raises(ValueError, match="choose 256, 512, 1024"):
+        full.get_config("2048")
+
+
+def test_the_configurations_have_the_same_fields():
+    def fields(config):
+        return {(section, name) for section in config for name in config[section]}
+
+    assert fields(nano.get_config()) == fields(full.get_config("256")) == fields(quickstart.get_config())
+
+
+def test_a_full_disk_ends_the_run_with_the_last_complete_step_and_going_on_works(path, undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    limited = f"ulimit -f 60; exec {' '.join(map(repr, command(path, workdir)))}"  # no file over 60 KiB: half a checkpoint
+    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "could not be saved" in done.stderr and "last complete one is none" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("Error: ")
+    assert train.train(tiny(path), workdir) == "done"
+    assert curve(workdir, "loss") == curve(undisturbed, "loss")
