@@ -164,17 +164,27 @@ def run_checks(
     return {name: round(float(v), 4) if not isinstance(v, str) else v for name, v in result.items()}, pictures
 
 
-def gate(workdir: str | Path, out: str | Path) -> dict[str, Any]:
+def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = None) -> dict[str, Any]:
     """Run the checks on the averaged and on the raw weights, and write out/gate.json and out/gate.html.
 
+    Args:
+      workdir: working folder of a training run.
+      out: folder of the verdict.
+      data_path: OUT/RES to judge on; by default that of the training.
+
     Returns:
-      What gate.json holds; "verdict" is "pass", "fail" or "incomplete", and it judges the averaged weights.
+      What gate.json holds; "verdict" is "pass" or "fail", and it judges the averaged weights.
+
+    Raises:
+      InputError: nothing trained yet, or data that do not fit the model or are too few to judge by.
     """
     from encode import encoders
 
     began = time.monotonic()
     averaged = trained.load(workdir)
-    dataset = data.Dataset(averaged.config["data"]["path"])
+    dataset = data.Dataset(data_path or averaged.config["data"]["path"])
+    if dataset.info["fingerprint"] != averaged.dataset["fingerprint"]:
+        raise InputError(f"{dataset.path} was encoded in another way than the data of {workdir}; judge on data of its kind.")
     vae = encoders.load_vae(dataset.info["encoders"]["vae"])
     examples = gather(dataset, vae)
     if len(examples) < 2:
@@ -267,10 +277,11 @@ def _psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Working folder of a training run.", required=True)
 OUT = flags.DEFINE_string("out", None, "Folder for gate.json and gate.html; by default WORKDIR/gate.")
+DATA = flags.DEFINE_string("data", None, "Data set OUT/RES to judge on; by default that of the training.")
 
 
 def main() -> int:
-    result = gate(WORKDIR.value, OUT.value or Path(WORKDIR.value) / "gate")
+    result = gate(WORKDIR.value, OUT.value or Path(WORKDIR.value) / "gate", DATA.value)
     print(f"The gate: {result['verdict']}" + (f" ({', '.join(result['failed'])})" if result["failed"] else "") + ".")
     return {"pass": 0, "fail": 1}[result["verdict"]]
 

@@ -45,7 +45,9 @@ def dataset(root: Path, counts: dict[str, int], *, channels=16, text=12, vision=
             records.write_shard(root, bucket, number, rows[start : start + shard], spec)
         records.finish_bucket(root, bucket, spec)
         written[bucket] = rows
-        latents += [row[name].astype(np.float64).reshape(-1, channels) for row in rows for name in ("latent", "latent_flip")]
+        latents += [
+            row[name].astype(np.float64).reshape(-1, channels) for row in rows for name in ("latent", "latent_flip")
+        ]
     flat = np.concatenate(latents)
     records.write_json(
         root / "dataset.json",
