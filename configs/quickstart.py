@@ -1,7 +1,8 @@
-"""Five minutes of training on two cores: the whole road in small, on the generated photographs.
+"""Seven minutes of training on two cores: the whole road in small, on the generated photographs.
 
 flow.shift=3 decides whether the text is heard at all within minutes: composition is settled near t = 1, where the plain
-logit-normal hardly looks.
+logit-normal hardly looks. Four layers of 256 learn more in the same time than six of 192 (27.5 against 26.3 dB after 900
+steps, each step a tenth slower).
 """
 
 from ml_collections import ConfigDict
@@ -18,8 +19,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "normalize_vision": False,
             },
             "model": {
-                "layers": 6,
-                "width": 192,
+                "layers": 4,
+                "width": 256,
                 "heads": 4,
                 "patch": 2,
                 "dtype": "auto",
@@ -36,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "flip": 0.5,
             },
             "optim": {
-                "peak_learning_rate": 2e-3,
+                "peak_learning_rate": 2.5e-3,
                 "end_learning_rate": 1e-6,
                 "warmup_steps": 100,
                 "b1": 0.9,
@@ -46,8 +47,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "clip_norm": 1.0,
                 "ema_decay": 0.9999,
             },
-            "train": {"seed": 0, "total_steps": 1_800, "batch_size": 8, "micro_batch": 8, "log_every": 50},
-            "checkpoint": {"every": 600, "minutes": 2.0, "keep": 2},
+            "train": {"seed": 0, "total_steps": 2_400, "batch_size": 8, "micro_batch": 8, "log_every": 50},
+            "checkpoint": {"every": 800, "minutes": 2.0, "keep": 2},
             "sample": {"steps": 24, "text_guidance": 2.0, "vision_guidance": 1.5, "shift": 3.0},
         }
     )

@@ -58,7 +58,9 @@ def _parse(default: str | None) -> Any:
     """The configuration with its overrides; what cannot be understood is an InputError that names the nearest field."""
     arguments = list(sys.argv)
     if default and not any(re.match(r"--?config(=|$)", argument) for argument in arguments):
-        arguments.insert(1, f"--config={default}")  # as the flag's default, overrides would be judged while it is defined
+        arguments.insert(
+            1, f"--config={default}"
+        )  # as the flag's default, overrides would be judged while it is defined
     try:
         holder = config_flags.DEFINE_config_file("config", lock_config=True) if default else None
         rest = flags.FLAGS(arguments)

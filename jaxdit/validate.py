@@ -184,7 +184,9 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
     averaged = trained.load(workdir)
     dataset = data.Dataset(data_path or averaged.config["data"]["path"])
     if dataset.info["fingerprint"] != averaged.dataset["fingerprint"]:
-        raise InputError(f"{dataset.path} was encoded in another way than the data of {workdir}; judge on data of its kind.")
+        raise InputError(
+            f"{dataset.path} was encoded in another way than the data of {workdir}; judge on data of its kind."
+        )
     vae = encoders.load_vae(dataset.info["encoders"]["vae"])
     examples = gather(dataset, vae)
     if len(examples) < 2:

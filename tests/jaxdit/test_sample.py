@@ -140,5 +140,5 @@ def test_latents_come_back_in_the_scale_of_the_data(workdir):
 
 
 def test_only_a_working_folder_with_weights_is_loaded(tmp_path):
-    with pytest.raises(InputError, match="config.json is missing"):
+    with pytest.raises(InputError, match=r"config\.json is missing"):
         trained.load(tmp_path)
