@@ -41,7 +41,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "clip_norm": 1.0,
                 "ema_decay": 0.9999,
             },
-            "train": {"seed": 0, "total_steps": 5_000, "batch_size": 64, "micro_batch": 32, "log_every": 50},
+            "train": {
+                "seed": 0,
+                "total_steps": 5_000,
+                "batch_size": 64,
+                "micro_batch": 32,
+                "log_every": 50,
+                "eval_every": 0,
+                "eval_budget": 0,
+            },
             "checkpoint": {"every": 1_000, "minutes": 30.0, "keep": 2},
             "sample": {"steps": 28, "text_guidance": 3.0, "vision_guidance": 1.5, "shift": 1.0},
         }

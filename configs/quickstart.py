@@ -47,8 +47,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "clip_norm": 1.0,
                 "ema_decay": 0.9999,
             },
-            "train": {"seed": 0, "total_steps": 2_400, "batch_size": 8, "micro_batch": 8, "log_every": 50},
+            "train": {
+                "seed": 0,
+                "total_steps": 2_400,
+                "batch_size": 8,
+                "micro_batch": 8,
+                "log_every": 50,
+                "eval_every": 0,
+                "eval_budget": 0,
+            },
             "checkpoint": {"every": 800, "minutes": 2.0, "keep": 2},
-            "sample": {"steps": 24, "text_guidance": 2.0, "vision_guidance": 1.5, "shift": 3.0},
+            "sample": {"steps": 24, "text_guidance": 1.5, "vision_guidance": 1.2, "shift": 3.0},
         }
     )

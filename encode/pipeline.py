@@ -199,9 +199,8 @@ def _encode_shard(context: Context, job: Job, progress: Progress) -> None:
                 part["quarantine"].append(asdict(found))
             else:
                 batch.append((context.items[entry[0]], found))
-            if place % config.batch_size == 0 or place == len(
-                job.entries
-            ):  # counted in planned pictures, not good ones
+            # Batches are counted in planned pictures, not in good ones: a refused one moves no other.
+            if place % config.batch_size == 0 or place == len(job.entries):
                 _encode_batch(context, job, (place - 1) // config.batch_size, batch, rows, sums, part)
                 batch = []
                 progress.step((place - 1) % config.batch_size + 1)

@@ -162,13 +162,22 @@ class Dataset:
         names = ", ".join(str(records.shard_path(self.path, bucket, shard)) for shard in suspects)
         return f"cannot read a record of {names}: {error}; remove the damaged shard with its index and encode again."
 
-    def held_out_batches(self, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-        """Every held-out image once, unflipped, as (batch, [batch] running numbers); the last of a bucket is short."""
+    def held_out_batches(self, batch_size: int, budget: int) -> Iterator[tuple[dict[str, np.ndarray], int, int]]:
+        """The held-out images, unflipped, at most `budget` of them, spread evenly over all.
+
+        Yields:
+          (batch, number of its first image, how many of its rows are images): a short batch is filled up with copies, so
+          that each bucket has one shape.
+        """
+        places = [(name, row) for name in self.buckets for row in self.held_out[name]]
+        places = [places[k * len(places) // min(budget, len(places))] for k in range(min(budget, len(places)))]
         first = 0
         for name in self.buckets:
-            for start in range(0, len(self.held_out[name]), batch_size):
-                rows = self.held_out[name][start : start + batch_size]
-                yield self.read(name, rows, np.zeros(len(rows), bool)), first + np.arange(len(rows))
+            chosen = [row for bucket, row in places if bucket == name]
+            for start in range(0, len(chosen), batch_size):
+                rows = chosen[start : start + batch_size]
+                filled = np.array(rows + rows[:1] * (batch_size - len(rows)))
+                yield self.read(name, filled, np.zeros(batch_size, bool)), first, len(rows)
                 first += len(rows)
 
 

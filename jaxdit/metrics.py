@@ -101,7 +101,8 @@ def progress_line(row: dict[str, Any], total_steps: int, batch_size: int) -> str
     if rate:
         left = duration((total_steps - row["step"]) * batch_size / rate)
         speed = f"{rate:.1f} images/s  waiting for data {row['data_wait_fraction']:.0%}  left {left}"
+    held_out = f"  held-out loss {row['held_out_loss']:.4f}" if row.get("held_out_loss") is not None else ""
     return (
         f"step {row['step']:,}/{total_steps:,}  loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3g}  "
-        f"lr {row['learning_rate']:.2e}  {speed}"
+        f"lr {row['learning_rate']:.2e}{held_out}  {speed}"
     )

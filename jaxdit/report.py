@@ -157,6 +157,7 @@ def _summary(workdir: Path, rows: Sequence[dict[str, Any]]) -> str:
 def _curves(rows: Sequence[dict[str, Any]]) -> str:
     charts = (
         ("loss", "loss", False),
+        ("loss of the averaged weights on held-out images", "held_out_loss", False),
         ("gradient norm", "grad_norm", True),
         ("learning rate", "learning_rate", False),
         ("images a second", "images_per_second", False),

@@ -24,6 +24,7 @@ from jaxdit import checkpoint, data, flow, mesh, metrics, model, optim, trained
 from jaxdit import workdir as folder
 
 VOIDED_LIMIT = 10
+HELD_OUT = 2**31 - 1  # stands where a step stands in the keys of training, and no step reaches it
 
 
 class TrainingStopped(RuntimeError):
@@ -82,6 +83,8 @@ def train(config: Any, workdir: str | Path) -> str:
         donate_argnums=0,
     )
 
+    judge = jax.jit(partial(held_out_losses, graph, dict(config.flow), config.train.seed))
+
     batches = data.training_batches(
         dataset, seed=config.train.seed, micro_batch=config.train.micro_batch, flip=config.flow.flip
     )
@@ -129,6 +132,10 @@ def train(config: Any, workdir: str | Path) -> str:
             if pending is not None:  # one step late, so that the device never waits for this line
                 report(pending, log, clock, config, saver)
             pending = {"step": step, **row}
+            if config.train.eval_every and step % config.train.eval_every == 0:
+                began = time.monotonic()
+                pending["held_out_loss"] = evaluate(judge, state["ema"], dataset, config.train, everywhere, divided)
+                clock.skip(time.monotonic() - began)
             due = step % config.checkpoint.every == 0 or step == config.train.total_steps
             if due or time.monotonic() - saved_at > 60 * config.checkpoint.minutes:
                 report(pending, log, clock, config, saver)
@@ -233,12 +240,29 @@ def apply_update(optimizer, schedule, maximum_decay, batch_size, state, total):
     return new, row
 
 
+def held_out_losses(graph, options, seed, params, batch, first):
+    """[batch] losses with every condition present; the draws depend on the number of the image alone, never on the step."""
+    keys = flow.sample_keys(seed, HELD_OUT, first, batch["latent"].shape[0])
+    drawn = {name: options[name] for name in ("mean", "std", "shift")}
+    return flow.losses(nnx.merge(graph, params), batch, keys, **drawn, drop_both=0.0, drop_text=0.0, drop_vision=0.0)
+
+
+def evaluate(judge, ema, dataset, options, everywhere, divided) -> float | None:
+    """Mean loss of the averaged weights over the held-out images; None where there are none."""
+    losses = []
+    for batch, first, count in dataset.held_out_batches(options.micro_batch, options.eval_budget):
+        number = jax.device_put(np.int32(first), everywhere)
+        losses.append(np.asarray(jax.device_get(judge(ema, jax.device_put(batch, divided), number)))[:count])
+    return float(np.concatenate(losses).astype(np.float64).mean()) if losses else None
+
+
 def report(row, log, clock, config, saver) -> None:
     """Write a finished step where it is due, and stop a run whose updates are all voided or whose saves fail."""
     saver.check()
     step = row["step"]
     voided_in_row = int(jax.device_get(row["voided_in_row"]))
-    if step % config.train.log_every == 0 or step == config.train.total_steps or step == 1 or voided_in_row:
+    last = step in (1, config.train.total_steps)
+    if step % config.train.log_every == 0 or last or voided_in_row or "held_out_loss" in row:
         values = {name: np.asarray(value).item() for name, value in jax.device_get(row).items()}
         for name in ("loss", "grad_norm"):  # JSON has no NaN
             values[name] = values[name] if np.isfinite(values[name]) else None

@@ -53,6 +53,14 @@ def check(config: Any, devices: int) -> None:
         (c.flow.shift > 0 and c.flow.std > 0, f"flow.shift={c.flow.shift} and flow.std={c.flow.std} must be above 0."),
         (0 <= c.flow.flip <= 1, f"flow.flip={c.flow.flip} is a probability."),
         (0 <= c.data.holdout_fraction < 1, f"data.holdout_fraction={c.data.holdout_fraction} must lie in [0, 1)."),
+        (
+            not c.train.eval_every or c.data.holdout_fraction > 0,
+            f"train.eval_every={c.train.eval_every} needs data.holdout_fraction above 0: there is nothing to evaluate on.",
+        ),
+        (
+            not c.train.eval_every or c.train.eval_budget > 0,
+            f"train.eval_budget={c.train.eval_budget} must be above 0 with train.eval_every={c.train.eval_every}.",
+        ),
         (c.train.total_steps > 0, f"train.total_steps={c.train.total_steps} must be above 0."),
         (min(c.train.log_every, c.checkpoint.every, c.checkpoint.keep) > 0, "train.log_every, checkpoint.every and "
          "checkpoint.keep must be above 0."),

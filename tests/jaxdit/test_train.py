@@ -16,7 +16,7 @@ import pytest
 
 from configs import full, nano, quickstart
 from encode.records import InputError
-from jaxdit import checkpoint, metrics, model, optim, train, trained
+from jaxdit import checkpoint, data, metrics, model, optim, train, trained
 
 ROOT = Path(__file__).parents[2]
 WIDTHS = {"latent": 16, "text": 12, "vision": 6}
@@ -149,6 +149,40 @@ def test_ema_and_raw_weights_are_both_kept_and_differ(undisturbed):
     assert kernel[0].dtype == jnp.float32 and (kernel[0] != kernel[1]).any()
 
 
+def test_held_out_loss_does_not_depend_on_batches_devices_or_resume(path, undisturbed, tmp_path):
+    """Equal weights are needed, so the learning rate is next to nothing; the run is stopped at 5 and goes on."""
+    found = {}
+    for name, micro, legs in (("two", 2, (20,)), ("four", 4, (20,)), ("resumed", 2, (15, 20))):
+        for steps in legs:
+            changes = {
+                "data.holdout_fraction": 0.4,
+                "train.micro_batch": micro,
+                "train.total_steps": steps,
+                "train.eval_every": 5,
+                "train.eval_budget": 100,
+                "optim.warmup_steps": 0,
+                "optim.peak_learning_rate": 1e-12,
+                "optim.end_learning_rate": 0.0,
+            }
+            train.train(tiny(path, **changes), tmp_path / name)
+        found[name] = [row["held_out_loss"] for row in metrics.read(tmp_path / name) if row["step"] % 5 == 0]
+    np.testing.assert_allclose(found["two"], found["four"], rtol=1e-5)
+    np.testing.assert_allclose(found["two"], found["resumed"], rtol=1e-5)
+    assert len(found["two"]) == 4 and np.ptp(found["two"]) < 1e-5  # the draws do not depend on the step
+    dataset = data.Dataset(path, holdout_fraction=0.4)
+    counts = [count for _, _, count in dataset.held_out_batches(2, 100)]
+    assert sum(counts) == sum(map(len, dataset.held_out.values())) > 0
+    assert sum(count for _, _, count in dataset.held_out_batches(2, 3)) == 3
+
+
+def test_evaluation_changes_nothing(path, tmp_path):
+    shared = {"data.holdout_fraction": 0.4, "train.eval_budget": 3}
+    for name, every in (("with", 2), ("without", 0)):
+        train.train(tiny(path, **shared, **{"train.eval_every": every}), tmp_path / name)
+    assert curve(tmp_path / "with", "loss") == curve(tmp_path / "without", "loss")
+    assert_same(weights(tmp_path / "with", True)[1], weights(tmp_path / "without", True)[1])
+
+
 def test_micro_batches_change_nothing_but_rounding(path, tmp_path):
     """The same bucket draws are needed, so one bucket only: 4 samples at once, or 2 and 2."""
     make_data.dataset(tmp_path / "64", {"64x64": 8})
@@ -206,6 +240,7 @@ def test_what_may_change_is_recorded(path, tmp_path):
         ({"train.micro_batch": 3}, r"train.batch_size=4 .*train.micro_batch=3"),
         ({"model.heads": 3}, r"model.width=32 .*model.heads=3"),
         ({"flow.drop_both": 0.9}, "flow.drop_both"),
+        ({"train.eval_every": 5}, r"train.eval_every=5 .*data.holdout_fraction"),
         ({"data.path": ""}, "data.path is empty"),
         ({"data.path": "/nowhere"}, "no such folder"),
     ],
