@@ -58,6 +58,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "batch_size": 256,
                 "micro_batch": micro_batch,
                 "log_every": 20,
+                "eval_every": 1000,
+                "eval_budget": 512,
             },
             "checkpoint": {"every": 5_000, "minutes": 30.0, "keep": 2},
             "sample": {"steps": 28, "text_guidance": 4.0, "vision_guidance": 1.5, "shift": shift},

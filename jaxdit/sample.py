@@ -63,38 +63,37 @@ def from_training_data(
     )
 
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Working folder of a training run.", required=True)
-OUT = flags.DEFINE_string("out", None, "Folder for the pictures.", required=True)
-PROMPT = flags.DEFINE_multi_string("prompt", [], "What the picture shows; may be given several times.")
-REFERENCE = flags.DEFINE_multi_string(
-    "reference", [], "A picture whose feeling is wanted: one for all, or one a prompt."
-)
-WIDTH = flags.DEFINE_integer("width", None, "Width in pixels; by default that of the fullest bucket.")
-HEIGHT = flags.DEFINE_integer("height", None, "Height in pixels.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
-STEP = flags.DEFINE_integer("step", None, "Which saved step; by default the newest.")
-STEPS = flags.DEFINE_integer("steps", None, "Euler steps; by default the configuration's sample.steps.")
-TEXT = flags.DEFINE_float("text_guidance", None, "Weight of the sentence; by default sample.text_guidance.")
-VISION = flags.DEFINE_float("vision_guidance", None, "Weight of the reference; by default sample.vision_guidance.")
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Working folder of a training run.", required=True)
+    flags.DEFINE_string("out", None, "Folder for the pictures.", required=True)
+    flags.DEFINE_multi_string("prompt", [], "What the picture shows; may be given several times.")
+    flags.DEFINE_multi_string("reference", [], "A picture whose feeling is wanted: one for all, or one a prompt.")
+    flags.DEFINE_integer("width", None, "Width in pixels; by default that of the fullest bucket.")
+    flags.DEFINE_integer("height", None, "Height in pixels.")
+    flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+    flags.DEFINE_integer("step", None, "Which saved step; by default the newest.")
+    flags.DEFINE_integer("steps", None, "Euler steps; by default the configuration's sample.steps.")
+    flags.DEFINE_float("text_guidance", None, "Weight of the sentence; by default sample.text_guidance.")
+    flags.DEFINE_float("vision_guidance", None, "Weight of the reference; by default sample.vision_guidance.")
 
 
 def main() -> int:
-    run = trained.load(WORKDIR.value, step=STEP.value)
+    run = trained.load(flags.FLAGS.workdir, step=flags.FLAGS.step)
     defaults = run.config["sample"]
     bucket = max(run.dataset["buckets"].items(), key=lambda item: item[1]["count"])[0]
     width, height = map(int, bucket.split("x"))
-    size = latent_size(WIDTH.value or width, HEIGHT.value or height, run.config["model"]["patch"])
+    size = latent_size(flags.FLAGS.width or width, flags.FLAGS.height or height, run.config["model"]["patch"])
     prompts, texts, visions, references, failed = _conditions(run)
     text_weight, vision_weight = guidance(
-        defaults["text_guidance"] if TEXT.value is None else TEXT.value,
-        defaults["vision_guidance"] if VISION.value is None else VISION.value,
+        defaults["text_guidance"] if flags.FLAGS.text_guidance is None else flags.FLAGS.text_guidance,
+        defaults["vision_guidance"] if flags.FLAGS.vision_guidance is None else flags.FLAGS.vision_guidance,
         texts,
         visions,
     )
     from encode import encoders
 
     vae = encoders.load_vae(run.dataset["encoders"]["vae"])
-    out = Path(OUT.value)
+    out = Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, (prompt, text, vision, reference) in enumerate(zip(prompts, texts, visions, references)):
@@ -103,14 +102,16 @@ def main() -> int:
             trained.conditions_of([text], [vision], run),
             (*size, run.dataset["widths"]["latent"]),
             [number],
-            seed=SEED.value,
-            steps=STEPS.value or defaults["steps"],
+            seed=flags.FLAGS.seed,
+            steps=flags.FLAGS.steps or defaults["steps"],
             shift=defaults["shift"],
             text=text_weight,
             vision=vision_weight,
         )
         name = f"{number:03d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60] or 'reference'}.png"
-        _save(vae.decode(latent)[0], out / name, {"prompt": prompt, "reference": reference, "seed": str(SEED.value)})
+        _save(
+            vae.decode(latent)[0], out / name, {"prompt": prompt, "reference": reference, "seed": str(flags.FLAGS.seed)}
+        )
         rows.append({"file": name, "prompt": prompt, "reference": reference})
         print(f"{out / name}: {prompt or reference or 'neither sentence nor reference'}")
     (out / "samples.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -119,20 +120,19 @@ def main() -> int:
 
 def _conditions(run: trained.Trained):
     """(prompts, texts, visions, names of the references, errors): what the flags ask for, encoded as the data set was."""
-    if not PROMPT.value and not REFERENCE.value:
+    if not flags.FLAGS.prompt and not flags.FLAGS.reference:
         prompts, texts, visions, names = from_training_data(run, 8)
         return prompts, texts, visions, names, []
     from encode import encoders, images
 
-    count = max(len(PROMPT.value), len(REFERENCE.value), 1)
-    if len(REFERENCE.value) not in (0, 1, count) or len(PROMPT.value) not in (0, count):
-        raise InputError(
-            f"{len(PROMPT.value)} prompts and {len(REFERENCE.value)} references: give one reference for all, or one a prompt."
-        )
-    prompts = [prompt.strip() for prompt in PROMPT.value] or [""] * count
-    references = list(REFERENCE.value) * (count if len(REFERENCE.value) == 1 else 1) or [""] * count
+    count = max(len(flags.FLAGS.prompt), len(flags.FLAGS.reference), 1)
+    given, pictures = len(flags.FLAGS.prompt), len(flags.FLAGS.reference)
+    if pictures not in (0, 1, count) or given not in (0, count):
+        raise InputError(f"{given} prompts and {pictures} references: give one reference for all, or one a prompt.")
+    prompts = [prompt.strip() for prompt in flags.FLAGS.prompt] or [""] * count
+    references = list(flags.FLAGS.reference) * (count if len(flags.FLAGS.reference) == 1 else 1) or [""] * count
     sections, visions, failed = run.dataset["encoders"], [], []
-    encoder = encoders.load_vision(sections["vision"]) if REFERENCE.value else None
+    encoder = encoders.load_vision(sections["vision"]) if flags.FLAGS.reference else None
     wanted = []
     for prompt, reference in zip(prompts, references):
         try:
@@ -140,7 +140,7 @@ def _conditions(run: trained.Trained):
             wanted.append((prompt, reference))
         except (images.ImageProblem, OSError) as error:
             failed.append(f"--reference={reference}: {error}")
-    text_encoder = encoders.load_text(sections["text"]) if PROMPT.value else None
+    text_encoder = encoders.load_text(sections["text"]) if flags.FLAGS.prompt else None
     texts = [text_encoder.encode([prompt])[0] if prompt else None for prompt, _ in wanted]
     return [prompt for prompt, _ in wanted], texts, visions, [reference for _, reference in wanted], failed
 
@@ -156,4 +156,5 @@ def _save(pixels: np.ndarray, path: Path, words: Mapping[str, str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     commandline.run(main)

@@ -277,16 +277,18 @@ def _psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(-10 * np.log10(np.mean((a.astype(np.float32) - b) ** 2) / 255**2 + 1e-10))
 
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Working folder of a training run.", required=True)
-OUT = flags.DEFINE_string("out", None, "Folder for gate.json and gate.html; by default WORKDIR/gate.")
-DATA = flags.DEFINE_string("data", None, "Data set OUT/RES to judge on; by default that of the training.")
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Working folder of a training run.", required=True)
+    flags.DEFINE_string("out", None, "Folder for gate.json and gate.html; by default WORKDIR/gate.")
+    flags.DEFINE_string("data", None, "Data set OUT/RES to judge on; by default that of the training.")
 
 
 def main() -> int:
-    result = gate(WORKDIR.value, OUT.value or Path(WORKDIR.value) / "gate", DATA.value)
+    result = gate(flags.FLAGS.workdir, flags.FLAGS.out or Path(flags.FLAGS.workdir) / "gate", flags.FLAGS.data)
     print(f"The gate: {result['verdict']}" + (f" ({', '.join(result['failed'])})" if result["failed"] else "") + ".")
     return {"pass": 0, "fail": 1}[result["verdict"]]
 
 
 if __name__ == "__main__":
+    define_flags()
     commandline.run(main)
