@@ -75,7 +75,7 @@ class Clock:
 
     def look(self) -> dict[str, float]:
         """images_per_second and data_wait_fraction over the window; None before there is a step to judge by."""
-        if len(self._ticks) < 3:
+        if len(self._ticks) < 6:
             return {"images_per_second": None, "data_wait_fraction": None}
         (start, wait, images), (end, all_wait, all_images) = self._ticks[0], self._ticks[-1]
         passed = max(end - start, 1e-9)
