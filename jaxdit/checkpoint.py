@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ class Checkpoints:
         with self._naming_failures():
             self._writer.wait_until_finished()
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
+            if not self._complete(step):
+                _remove(target)  # a snapshot of an earlier pass over this step, without its state
                 items = ocp.args.Composite(
                     state=ocp.args.StandardSave(state), ema=ocp.args.StandardSave(ema), data=ocp.args.JsonSave(data)
                 )
@@ -101,7 +103,8 @@ class Checkpoints:
         Raises:
           InputError: a checkpoint of another model, or none of the saved ones can be read.
         """
-        steps = [step for step in self.steps() if all((self.folder / str(step) / item).is_dir() for item in ITEMS)]
+        steps = [step for step in self.steps() if self._complete(step)]
+        damaged: list[int] = []
         for step in reversed(steps):
             check_shapes(self.folder / str(step) / "state", state)
             try:
@@ -114,12 +117,22 @@ class Checkpoints:
                         data=ocp.args.JsonRestore(),
                     ),
                 )
+                self._set_aside(damaged)
                 return step, restored["state"], restored["ema"], restored["data"]
             except Exception as error:  # whatever the damage is, the step before may be whole
                 logging.warning("Step %d cannot be read (%s); trying the one before.", step, _first_line(error))
+                damaged.append(step)
         if steps:
             raise InputError(f"{self.folder}: none of the steps {steps} can be read; restore the folder from a backup.")
         return None
+
+    def _complete(self, step: int) -> bool:
+        return all((self.folder / str(step) / item).is_dir() for item in ITEMS)
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Rename what could not be read, so that the step can be saved again."""
+        for step in steps:
+            os.rename(self.folder / str(step), self.folder / f"{step}.damaged-{time.time_ns()}")
 
     def _prune(self) -> None:
         resumable = self.steps("state")

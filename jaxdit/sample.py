@@ -7,6 +7,10 @@ captions of the training data are drawn, each in the light of another of its pic
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's encoders need room on the same card
+
 import json
 import re
 from collections.abc import Mapping, Sequence

@@ -58,8 +58,13 @@ def train(config: Any, workdir: str | Path) -> str:
         text_lengths=config.data.text_lengths,
         normalize_vision=config.data.normalize_vision,
     )
-    folder.claim(workdir, config, dataset.path, dataset.info)
+    with folder.only_one(workdir):
+        folder.claim(workdir, config, dataset.path, dataset.info)
+        return run(config, workdir, dataset, warmup)
 
+
+def run(config: Any, workdir: Path, dataset: data.Dataset, warmup: int) -> str:
+    """The run itself, in a working folder that is ours; see `train`."""
     # One axis of devices: parameters on each, micro-batches divided over them.
     devices = mesh.make_mesh()
     everywhere, divided = mesh.replicated(devices), mesh.over_batch(devices)

@@ -8,6 +8,10 @@ OKLab: neither uses the encoders that the model was trained with. Exit code 0 pa
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's encoders need room on the same card
+
 import logging
 import time
 from collections.abc import Callable, Sequence

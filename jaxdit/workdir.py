@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +86,10 @@ def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any]) 
             )
     now = json.loads(config.to_json_best_effort())
     now["data"]["path"] = os.path.abspath(config.data.path)
-    workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     if not path.exists():
-        strangers = [child.name for child in workdir.iterdir() if not child.name.startswith(".")]
+        # dataset.json alone is what a kill between the two files of a new folder leaves.
+        strangers = [child.name for child in workdir.iterdir() if child.name[0] != "." and child.name != "dataset.json"]
         if strangers:
             raise InputError(
                 f"{workdir} holds {', '.join(sorted(strangers)[:3])} but no config.json, so it is not a working folder; "
@@ -116,6 +119,24 @@ def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any]) 
                 file.write(json.dumps({"time": time.time(), "field": name, "from": old, "to": new}) + "\n")
                 logging.info("Changed since the last start: %s from %s to %s.", name, old, new)
         write_json(path, now)
+
+
+@contextlib.contextmanager
+def only_one(workdir: Path) -> Iterator[None]:
+    """Hold the folder's lock: two trainings in one folder would overwrite each other. A killed holder gives it back.
+
+    Raises:
+      InputError: another process is training in this folder.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another process is training in {workdir}; wait for it, or name another --workdir."
+            ) from error
+        yield
 
 
 def changed_fields(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

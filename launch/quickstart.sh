@@ -52,7 +52,7 @@ if [ -n "$steps" ]; then
 fi
 stage "train" $python -m jaxdit.main "${training[@]}"
 
-newest="$(ls "$out/run/checkpoints" | sort -n | tail -1)"
+newest="$(ls "$out/run/checkpoints" | grep -E '^[0-9]+$' | sort -n | tail -1)"
 done_for() { [ "$(cat "$1" 2>/dev/null)" = "$newest" ]; } # whether a stage has been done for the newest checkpoint
 
 code=0

@@ -77,9 +77,12 @@ def test_the_newest_complete_step_is_taken_and_named(tmp_path, caplog, damage):
         newest.rename(newest.with_name("20.orbax-checkpoint-tmp"))
     with caplog.at_level(logging.WARNING):
         assert saver.restore(*state_of(0.0))[0] == 10
-    saver.close()
     if damage == "truncated":
         assert "Step 20 cannot be read" in caplog.text
+    saver.save(20, *state_of(20.0), {"micro_batch": 20})  # the run goes on and saves the step again
+    saver.wait()
+    assert saver.restore(*state_of(0.0))[0] == 20
+    saver.close()
 
 
 def test_snapshots_outlive_the_resumable_steps(tmp_path):

@@ -221,7 +221,18 @@ def test_a_folder_that_is_no_working_folder_is_refused(path, tmp_path):
     (tmp_path / "holiday.jpg").touch()
     with pytest.raises(InputError, match=r"holds holiday\.jpg but no config\.json"):
         train.train(tiny(path), tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["holiday.jpg"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "holiday.jpg"]
+
+
+def test_a_second_training_in_the_same_folder_is_refused(path, tmp_path):
+    with train.folder.only_one(tmp_path / "run"), pytest.raises(InputError, match="another process is training in"):
+        train.train(tiny(path), tmp_path / "run")
+
+
+def test_a_kill_between_the_first_two_files_is_no_obstacle(path, undisturbed, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "dataset.json").write_bytes((undisturbed / "dataset.json").read_bytes())
+    assert train.train(tiny(path), tmp_path / "run") == "done"
 
 
 def test_what_may_change_is_recorded(path, tmp_path):
@@ -365,3 +376,16 @@ def test_a_full_disk_ends_the_run_with_the_last_complete_step_and_going_on_works
     assert done.stderr.strip().splitlines()[-1].startswith("Error: ")
     assert train.train(tiny(path), workdir) == "done"
     assert curve(workdir, "loss") == curve(undisturbed, "loss")
+
+
+def test_one_program_a_bucket_and_text_length(tmp_path, monkeypatch):
+    make_data.dataset(tmp_path / "64", {"64x64": 9, "48x80": 6, "80x48": 5})
+    traced, losses = [], train.flow.losses
+
+    def counting(model, batch, *rest, **options):
+        traced.append((batch["latent"].shape, batch["text"].shape))
+        return losses(model, batch, *rest, **options)
+
+    monkeypatch.setattr(train.flow, "losses", counting)
+    train.train(tiny(tmp_path / "64", **{"train.total_steps": 30, "data.text_lengths": (8, 16)}), tmp_path / "run")
+    assert len(traced) == len(set(traced)) and 3 <= len(traced) <= 6
