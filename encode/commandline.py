@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -17,6 +19,8 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from encode.records import InputError
+
+WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM)
 
 
 def run(main: Callable[..., int], *, config: str | None = None) -> None:
@@ -39,11 +43,12 @@ def run(main: Callable[..., int], *, config: str | None = None) -> None:
     except InputError as error:
         code = fail(str(error), 2)
     except KeyboardInterrupt:
-        code = fail("Stopped.", 3)
+        fail("interrupted before everything was saved; the same command goes on from what was saved last.")
+        os._exit(1)  # threads that are still writing would fill pages when the interpreter ends them
     except OSError as error:
         if error.errno is None:
             raise
-        code = fail(f"{error.filename or 'file'}: {error.strerror}.", 1)
+        code = fail(f"{error.filename or 'file'}: {error.strerror}.", 2 if error.errno in WRONG_PATH else 1)
     sys.stdout.flush()
     sys.exit(code)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -345,6 +346,8 @@ def _dataset(context: Context, plan, jobs, parts, resolution: int) -> dict[str, 
         dtype = {"latent": "bfloat16", "text": "bfloat16", "vision": "float32", "mask": "uint8"}[kind]
         fields[name] = {"shape": shape + ([widths[kind]] if kind in widths else []), "dtype": dtype}
     settings = config.to_dict()
+    for name in ("vae", "text", "vision"):  # the data set is sampled from another folder than it was made in
+        settings[name]["path"] = settings[name]["path"] and os.path.abspath(os.path.expanduser(settings[name]["path"]))
     return {
         "schema": records.SCHEMA,
         "resolution": resolution,

@@ -186,6 +186,18 @@ def _serialize(record: Mapping[str, Any], spec) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
+def _count(path: Path) -> int | None:
+    """Number of records of a shard; None where it cannot be opened."""
+    try:
+        reader = ArrayRecordReader(str(path))
+        try:
+            return reader.num_records()
+        finally:
+            reader.close()
+    except (RuntimeError, ValueError, IndexError, OSError):
+        return None
+
+
 def _holds(path: Path, serialized: Sequence[bytes]) -> bool:
     try:
         reader = ArrayRecordReader(str(path))
@@ -295,9 +307,17 @@ def open_bucket(root: Path, bucket: str):
     """The records of one bucket as a random-access sequence (a TFDS data source; no TensorFlow).
 
     Raises:
-      DatasetError: a shard is missing or damaged; the message names it.
+      DatasetError: a shard is missing, cut or holds another number of records than its index; the message names it.
     """
     folder = bucket_folder(root, bucket)
+    for shard in range(len(list(Path(root).glob(f"index-{bucket}-*.npy")))):
+        path, wanted = shard_path(root, bucket, shard), len(read_index(root, bucket, shard))
+        found = _count(path)
+        if found != wanted:
+            raise DatasetError(
+                f"{path}: {'cannot be opened' if found is None else f'{found} records found'}, its index says {wanted}; "
+                f"remove it, {index_path(root, bucket, shard).name} and dataset.json, and run encode.main again."
+            )
     try:
         source = tfds.builder_from_directory(folder).as_data_source(SPLIT)
         len(source)

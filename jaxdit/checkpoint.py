@@ -41,6 +41,10 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, *, every: int, keep: int):
         self.folder = Path(workdir).resolve() / "checkpoints"
         self.every, self.keep = every, keep
+        for leftover in [*self.folder.glob(".*.removed"), *self.folder.glob("*.orbax-checkpoint-tmp*")]:
+            shutil.rmtree(
+                leftover, ignore_errors=True
+            )  # of a process that was killed; the folder is locked, so not in use
         # Folders are made before save returns: a disk that refuses is then an error, not five minutes of waiting.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
@@ -173,8 +177,9 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
     item = "state" if raw else "ema"
     steps = saved_steps(workdir, item)
     if not steps or (step is not None and step not in steps):
-        found = f"steps {', '.join(map(str, steps))}" if steps else "none"
-        raise InputError(f"{workdir}/checkpoints: {item} of step {step or 'any'} wanted, found {found}; train first.")
+        if not steps:
+            raise InputError(f"{workdir}: no checkpoint has been saved yet; train first, with the same --workdir.")
+        raise InputError(f"{workdir}: step {step} wanted, found steps {', '.join(map(str, steps))}; name one of them.")
     step = steps[-1] if step is None else step
     folder = Path(workdir).resolve() / "checkpoints" / str(step) / item
     target = {"params": shapes} if raw else shapes
@@ -183,9 +188,14 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), target)
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-    weights = reader.restore(
-        folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
-    )
+    try:
+        weights = reader.restore(
+            folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+        )
+    except Exception as error:  # whatever the damage is, the person needs the folder's name
+        raise InputError(
+            f"{folder} cannot be read ({_first_line(error)}); name another step of {steps}, or train on to save a new one."
+        ) from error
     return step, weights["params"] if raw else weights
 
 
@@ -234,4 +244,4 @@ def _remove(folder: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -75,7 +75,7 @@ class Dataset:
         text_lengths: Sequence[int] | None = None,
         normalize_vision: bool = False,
     ):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.info = records.load_dataset(self.path)
         self.mean = np.asarray(self.info["latent_mean"], np.float32)
         self.std = np.asarray(self.info["latent_std"], np.float32)
@@ -87,7 +87,7 @@ class Dataset:
             held = np.array([is_held_out(row, holdout_fraction) for row in rows["pixel_hash"]], bool)
             self.train[name], self.held_out[name] = np.flatnonzero(~held), np.flatnonzero(held)
         self.text_lengths = self._text_lengths(text_lengths)
-        self._sources: dict[str, Any] = {}
+        self._sources = {name: records.open_bucket(self.path, name) for name in self.buckets}
         if not sum(map(len, self.train.values())):
             raise records.DatasetError(
                 f"{path}: data.holdout_fraction={holdout_fraction} leaves none of its {self.info['count']} images to "
@@ -147,8 +147,6 @@ class Dataset:
 
     def records(self, bucket: str, rows: Sequence[int] | np.ndarray) -> Sequence[Mapping[str, Any]]:
         """The raw records, as in encode.records."""
-        if bucket not in self._sources:
-            self._sources[bucket] = records.open_bucket(self.path, bucket)
         try:
             return self._sources[bucket].__getitems__([int(row) for row in rows])
         except Exception as error:

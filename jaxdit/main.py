@@ -17,16 +17,25 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Working folder: checkpoints, met
 
 
 def main(config) -> int:
+    import jax
+
     from jaxdit import checkpoint, report, train
 
     try:
-        result = train.train(config, WORKDIR.value)
+        result = train.train(config, commandline.path_of(WORKDIR.value))
     except train.TrainingStopped as error:
         return commandline.fail(str(error))
     except checkpoint.SaveFailed as error:
         commandline.fail(str(error))
         os._exit(1)  # a failed save leaves threads behind that fill pages when the interpreter ends them
-    print(f"The run's page: {report.write(WORKDIR.value)}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return commandline.fail(
+            f"the device's memory does not hold this: take --config.model.remat=block, or a new --workdir with a smaller "
+            f"train.micro_batch than {config.train.micro_batch}."
+        )
+    print(f"The run's page: {report.write(commandline.path_of(WORKDIR.value))}")
     return 0 if result == "done" else 3
 
 

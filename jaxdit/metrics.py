@@ -44,14 +44,14 @@ class Metrics:
 
 
 def read(workdir: str | Path) -> list[dict[str, Any]]:
-    """The rows of WORKDIR/metrics.jsonl in order of step; a last line cut by a kill is left out."""
+    """The rows of WORKDIR/metrics.jsonl in order of step; a line cut by a kill is left out."""
     path = Path(workdir) / "metrics.jsonl"
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:
-            break
+            continue
     return rows
 
 

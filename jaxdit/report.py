@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from encode.records import InputError
 from jaxdit import metrics
 
 STYLE = """
@@ -133,10 +134,17 @@ def write(
       The page's path.
     """
     workdir = Path(workdir)
+    if not (workdir / "config.json").exists():
+        raise InputError(
+            f"{workdir}: config.json is missing, so this is not a working folder; train with --workdir first."
+        )
+    if samples is not None and not (Path(samples) / "samples.json").exists():
+        raise InputError(f"{samples}: samples.json is missing, so this is no folder that jaxdit.sample wrote.")
     rows = metrics.read(workdir)
     body = _summary(workdir, rows) + _samples(samples) + _gate(workdir) + _curves(rows) + _encoded(encoded)
     body += "<h2>Configuration</h2><pre>" + escape((workdir / "config.json").read_text(encoding="utf-8")) + "</pre>"
     out = Path(out or workdir / "report.html")
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page("A model trained from nothing", body), encoding="utf-8")
     return out
 
@@ -168,7 +176,7 @@ def _curves(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _samples(folder: str | Path | None) -> str:
-    if folder is None or not (Path(folder) / "samples.json").exists():
+    if folder is None:
         return ""
     figures = []
     for row in json.loads((Path(folder) / "samples.json").read_text(encoding="utf-8")):

@@ -11,7 +11,6 @@ import os
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's encoders need room on the same card
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from encode import commandline
-from encode.records import InputError
+from encode.records import InputError, write_json
 from jaxdit import data, trained
 
 
@@ -55,7 +54,8 @@ def from_training_data(
     """Captions spread over the data set, each with the vision vector of another picture: (captions, texts, visions, ids)."""
     dataset = data.Dataset(run.config["data"]["path"])
     places = [(name, row) for name in dataset.buckets for row in range(len(dataset.index[name]))]
-    chosen = [places[round(k * (len(places) - 1) / max(count - 1, 1))] for k in range(min(count, len(places)))]
+    count = min(count, len(places))
+    chosen = [places[round(k * (len(places) - 1) / max(count - 1, 1))] for k in range(count)]
     own = [dataset.records(name, [row])[0] for name, row in chosen]
     half = len(own) // 2
     others = own[half:] + own[:half]
@@ -82,7 +82,9 @@ def define_flags() -> None:
 
 
 def main() -> int:
-    run = trained.load(flags.FLAGS.workdir, step=flags.FLAGS.step)
+    if flags.FLAGS.steps is not None and flags.FLAGS.steps < 1:
+        raise InputError(f"--steps={flags.FLAGS.steps}: at least one Euler step is needed.")
+    run = trained.load(commandline.path_of(flags.FLAGS.workdir), step=flags.FLAGS.step)
     defaults = run.config["sample"]
     bucket = max(run.dataset["buckets"].items(), key=lambda item: item[1]["count"])[0]
     width, height = map(int, bucket.split("x"))
@@ -97,7 +99,7 @@ def main() -> int:
     from encode import encoders
 
     vae = encoders.load_vae(run.dataset["encoders"]["vae"])
-    out = Path(flags.FLAGS.out)
+    out = commandline.path_of(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, (prompt, text, vision, reference) in enumerate(zip(prompts, texts, visions, references)):
@@ -118,7 +120,8 @@ def main() -> int:
         )
         rows.append({"file": name, "prompt": prompt, "reference": reference})
         print(f"{out / name}: {prompt or reference or 'neither sentence nor reference'}")
-    (out / "samples.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if rows:
+        write_json(out / "samples.json", rows)
     return commandline.fail("; ".join(failed), 2) if failed else 0
 
 
@@ -133,6 +136,9 @@ def _conditions(run: trained.Trained):
     given, pictures = len(flags.FLAGS.prompt), len(flags.FLAGS.reference)
     if pictures not in (0, 1, count) or given not in (0, count):
         raise InputError(f"{given} prompts and {pictures} references: give one reference for all, or one a prompt.")
+    for prompt in flags.FLAGS.prompt:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise InputError(f"--prompt={prompt!a}: this is not UTF-8; set the terminal to UTF-8.")
     prompts = [prompt.strip() for prompt in flags.FLAGS.prompt] or [""] * count
     references = list(flags.FLAGS.reference) * (count if len(flags.FLAGS.reference) == 1 else 1) or [""] * count
     sections, visions, failed = run.dataset["encoders"], [], []

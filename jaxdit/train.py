@@ -175,10 +175,9 @@ def announce(config: Any, dataset: data.Dataset, shapes: Any, warmup: int) -> No
     )
     logging.info("%d images to train on in %d buckets: %s.", sum(counts.values()), len(counts), counts)
     logging.info(
-        "%d steps of %d images (%d at a time), warm-up over %d; the average of the weights reaches its decay of %g at "
-        "update %d.",
-        config.train.total_steps, config.train.batch_size, config.train.micro_batch, warmup, config.optim.ema_decay,
-        round((10 * config.optim.ema_decay - 1) / (1 - config.optim.ema_decay)),
+        "%d steps of %d images (%d at a time), warm-up over %d; the decay of the averaged weights rises to %.5f at the end.",
+        config.train.total_steps, config.train.batch_size, config.train.micro_batch, warmup,
+        min(config.optim.ema_decay, (1 + config.train.total_steps) / (10 + config.train.total_steps)),
     )  # fmt: skip
 
 
@@ -294,6 +293,7 @@ class StopOnSignal:
         self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _stop(self, number, frame):
+        logging.info("Asked to stop: saving. (Once more ends the process without saving.)")
         self.requested = True
         self.close()
 

@@ -16,6 +16,8 @@ from flax import nnx
 from encode.records import InputError
 from jaxdit import checkpoint, data, mesh, model, sampler
 
+DESCRIPTIONS = ("config.json", "dataset.json")
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -35,13 +37,15 @@ def load(workdir: str | Path, *, step: int | None = None, raw: bool = False) -> 
       InputError: not a working folder, nothing saved yet, or no such step.
     """
     workdir = Path(workdir)
-    for name in ("config.json", "dataset.json"):
+    for name in DESCRIPTIONS:
         if not (workdir / name).exists():
             raise InputError(
                 f"{workdir}: {name} is missing, so this is not a working folder; train with --workdir first."
             )
-    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    dataset = json.loads((workdir / "dataset.json").read_text(encoding="utf-8"))
+    try:
+        config, dataset = (json.loads((workdir / name).read_text(encoding="utf-8")) for name in DESCRIPTIONS)
+    except ValueError as error:
+        raise InputError(f"{workdir}: config.json or dataset.json cannot be read as JSON ({error}).") from error
     graph, shapes = model.abstract(model_settings(config["model"], dataset["widths"]))
     step, params = checkpoint.restore_weights(workdir, shapes, step=step, raw=raw)
     return Trained(config, dataset, graph, params, step)

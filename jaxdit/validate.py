@@ -62,11 +62,11 @@ def light(pixels: np.ndarray) -> np.ndarray:
     return oklab(pixels).reshape(-1, 3).mean(0)
 
 
-def nearest(queries: Sequence[np.ndarray], keys: Sequence[np.ndarray]) -> np.ndarray:
-    """[queries] index of the nearest key (Euclidean)."""
-    queries, keys = np.stack(queries), np.stack(keys)
-    distance = (queries**2).sum(1)[:, None] - 2 * queries @ keys.T + (keys**2).sum(1)[None]
-    return distance.argmin(1)
+def own_is_nearest(queries: Sequence[np.ndarray], keys: Sequence[np.ndarray]) -> np.ndarray:
+    """[queries] bool: no key is nearer (Euclidean) than the one at the query's own place; an exact copy of it may be."""
+    keys = np.stack(keys)
+    distance = np.stack([np.linalg.norm(keys - query, axis=1) for query in queries])
+    return np.diagonal(distance) <= distance.min(1)
 
 
 def closer(queries: Sequence[np.ndarray], wanted: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> np.ndarray:
@@ -137,13 +137,12 @@ def run_checks(
     compositions = [composition(pixels) for pixels in originals]
     lights = [light(pixels) for pixels in originals]
     other = partners(examples)
-    everyone = np.arange(len(examples))
 
     pictures = {"own": draw(texts, visions), "text_only": draw(texts, [None] * len(texts))}
     small = [_small(pixels) for pixels in originals]
     result: dict[str, Any] = {
-        "memory": (nearest([_small(p) for p in pictures["own"]], small) == everyone).mean(),
-        "memory_text_only": (nearest([composition(p) for p in pictures["text_only"]], compositions) == everyone).mean(),
+        "memory": own_is_nearest([_small(p) for p in pictures["own"]], small).mean(),
+        "memory_text_only": own_is_nearest([composition(p) for p in pictures["text_only"]], compositions).mean(),
         "psnr": float(np.mean([_psnr(p, q) for p, q in zip(pictures["own"], originals)])),
     }
 
@@ -159,7 +158,7 @@ def run_checks(
         wanted = [composition(example.flipped) for example in examples]
     else:
         result["text_by"] = f"whole captions exchanged, because only {len(sided)} name a side"
-        sided = list(everyone)
+        sided = list(range(len(examples)))
         swapped, wanted = [texts[i] for i in other], [compositions[i] for i in other]
     pictures["text"] = draw(swapped, visions)
     followed = closer([composition(p) for p in pictures["text"]], wanted, compositions)
@@ -177,24 +176,31 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
       data_path: OUT/RES to judge on; by default that of the training.
 
     Returns:
-      What gate.json holds; "verdict" is "pass" or "fail", and it judges the averaged weights.
+      What gate.json holds; "verdict" is "pass", "fail" or "incomplete" (too few images), and it judges the averaged weights.
 
     Raises:
-      InputError: nothing trained yet, or data that do not fit the model or are too few to judge by.
+      InputError: nothing trained yet, or data that were encoded in another way.
     """
     from encode import encoders
 
     began = time.monotonic()
     averaged = trained.load(workdir)
-    dataset = data.Dataset(data_path or averaged.config["data"]["path"])
+    options = averaged.config["data"]
+    dataset = data.Dataset(data_path or options["path"], holdout_fraction=options["holdout_fraction"])
     if dataset.info["fingerprint"] != averaged.dataset["fingerprint"]:
         raise InputError(
             f"{dataset.path} was encoded in another way than the data of {workdir}; judge on data of its kind."
         )
     vae = encoders.load_vae(dataset.info["encoders"]["vae"])
     examples = gather(dataset, vae)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     if len(examples) < 2:
-        raise InputError(f"{dataset.path}: {len(examples)} image; the gate needs at least 2, better 100.")
+        reason = f"{dataset.path} has {len(examples)} image to train on; the gate needs at least 2, better 100."
+        write_json(out / "gate.json", {"verdict": "incomplete", "reason": reason, "step": averaged.step})
+        body = f"<p class='verdict'>incomplete</p><p>{report.escape(reason)}</p>"
+        (out / "gate.html").write_text(report.page("The gate", body), encoding="utf-8")
+        return {"verdict": "incomplete", "failed": [reason]}
     logging.info("The gate: step %d on %d images.", averaged.step, len(examples))
     checks, pictures = run_checks(
         examples, lambda texts, visions: draw_all(averaged, vae, examples, texts, visions)
@@ -216,8 +222,6 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
         "data": str(dataset.path),
         "seconds": round(time.monotonic() - began, 1),
     }
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "gate.html").write_text(report.page("The gate", section(result, examples, pictures)), encoding="utf-8")
     write_json(out / "gate.json", result)
     return result
@@ -288,9 +292,10 @@ def define_flags() -> None:
 
 
 def main() -> int:
-    result = gate(flags.FLAGS.workdir, flags.FLAGS.out or Path(flags.FLAGS.workdir) / "gate", flags.FLAGS.data)
+    workdir = commandline.path_of(flags.FLAGS.workdir)
+    result = gate(workdir, flags.FLAGS.out or workdir / "gate", flags.FLAGS.data)
     print(f"The gate: {result['verdict']}" + (f" ({', '.join(result['failed'])})" if result["failed"] else "") + ".")
-    return {"pass": 0, "fail": 1}[result["verdict"]]
+    return {"pass": 0, "fail": 1, "incomplete": 2}[result["verdict"]]
 
 
 if __name__ == "__main__":

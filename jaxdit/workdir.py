@@ -15,8 +15,20 @@ from typing import Any
 
 from encode.records import InputError, write_json
 
-FIXED = ("model", "flow", "train.seed", "train.batch_size", "train.micro_batch", "data.holdout_fraction", "data.text_lengths",
-         "data.normalize_vision")  # fmt: skip
+FIXED = (
+    *("model.layers", "model.width", "model.heads", "model.patch", "model.dtype", "flow"),
+    *("train.seed", "train.batch_size", "train.micro_batch"),
+    *("data.holdout_fraction", "data.text_lengths", "data.normalize_vision"),
+)
+
+POSITIVE = {
+    "model": ("layers", "width", "heads", "patch", "scan_unroll"),
+    "flow": ("std", "shift"),
+    "optim": ("peak_learning_rate", "eps", "clip_norm"),
+    "train": ("total_steps", "batch_size", "micro_batch", "log_every"),
+    "checkpoint": ("every", "minutes", "keep"),
+    "sample": ("steps", "shift"),
+}
 
 
 def check(config: Any, devices: int) -> None:
@@ -26,10 +38,14 @@ def check(config: Any, devices: int) -> None:
       InputError: names the field, what was found and what is possible.
     """
     c = config
+    for section, names in POSITIVE.items():
+        for name in names:
+            if c[section][name] <= 0:
+                raise InputError(f"{section}.{name}={c[section][name]} must be above 0.")
     rules = [
         (bool(c.data.path), "data.path is empty; set --config.data.path=OUT/RES, a folder that encode.main wrote."),
         (
-            c.train.micro_batch > 0 and c.train.batch_size % c.train.micro_batch == 0,
+            c.train.batch_size % c.train.micro_batch == 0,
             f"train.batch_size={c.train.batch_size} must be a multiple of train.micro_batch={c.train.micro_batch}.",
         ),
         (
@@ -53,7 +69,6 @@ def check(config: Any, devices: int) -> None:
             0 <= c.flow.drop_both + c.flow.drop_text + c.flow.drop_vision <= 1,
             "flow.drop_both + flow.drop_text + flow.drop_vision must lie between 0 and 1.",
         ),
-        (c.flow.shift > 0 and c.flow.std > 0, f"flow.shift={c.flow.shift} and flow.std={c.flow.std} must be above 0."),
         (0 <= c.flow.flip <= 1, f"flow.flip={c.flow.flip} is a probability."),
         (0 <= c.data.holdout_fraction < 1, f"data.holdout_fraction={c.data.holdout_fraction} must lie in [0, 1)."),
         (
@@ -64,9 +79,8 @@ def check(config: Any, devices: int) -> None:
             not c.train.eval_every or c.train.eval_budget > 0,
             f"train.eval_budget={c.train.eval_budget} must be above 0 with train.eval_every={c.train.eval_every}.",
         ),
-        (c.train.total_steps > 0, f"train.total_steps={c.train.total_steps} must be above 0."),
-        (min(c.train.log_every, c.checkpoint.every, c.checkpoint.keep) > 0, "train.log_every, checkpoint.every and "
-         "checkpoint.keep must be above 0."),
+        (0 <= c.optim.ema_decay < 1, f"optim.ema_decay={c.optim.ema_decay} must lie in [0, 1)."),
+        (c.optim.end_learning_rate >= 0, f"optim.end_learning_rate={c.optim.end_learning_rate} must not be below 0."),
     ]  # fmt: skip
     for holds, message in rules:
         if not holds:
@@ -87,10 +101,11 @@ def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any]) 
     now = json.loads(config.to_json_best_effort())
     now["data"]["path"] = os.path.abspath(config.data.path)
     path = workdir / "config.json"
-    if not path.exists():
+    trained = (workdir / "checkpoints").exists() or any(workdir.glob("metrics.jsonl"))
+    if not path.exists() or not trained:
         # dataset.json alone is what a kill between the two files of a new folder leaves.
         strangers = [child.name for child in workdir.iterdir() if child.name[0] != "." and child.name != "dataset.json"]
-        if strangers:
+        if strangers and not path.exists():
             raise InputError(
                 f"{workdir} holds {', '.join(sorted(strangers)[:3])} but no config.json, so it is not a working folder; "
                 "name a new or empty one."
@@ -98,7 +113,10 @@ def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any]) 
         write_json(workdir / "dataset.json", dataset)
         write_json(path, now)
         return
-    before = json.loads(path.read_text())
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); restore it, or name a new --workdir.") from error
     differences = changed_fields(before, now)
     for name, old, new in differences:
         if any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED):

@@ -104,5 +104,5 @@ def test_a_save_that_fails_at_once_is_an_error(tmp_path):
 
 
 def test_nothing_saved_is_said(tmp_path):
-    with pytest.raises(InputError, match="found none; train first"):
+    with pytest.raises(InputError, match="no checkpoint has been saved yet"):
         checkpoint.restore_weights(tmp_path, state_of(0.0)[1])

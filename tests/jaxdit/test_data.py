@@ -154,6 +154,18 @@ def test_damage_names_the_shard(tmp_path):
         batches(tmp_path / "64", 10)
 
 
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_shard_that_cannot_be_opened_is_named_before_anything_is_read(tmp_path, damage):
+    make_data.dataset(tmp_path / "64", {"64x64": 8, "48x80": 3})
+    shard = records.shard_path(tmp_path / "64", "64x64", 1)
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-1000])
+    else:
+        shard.unlink()
+    with pytest.raises(records.DatasetError, match=r"64x64.*array_record-00001: cannot be opened, its index says 4"):
+        data.Dataset(tmp_path / "64")
+
+
 @pytest.mark.parametrize("what", ["missing", "unfinished", "above", "schema"])
 def test_wrong_data_sets_are_refused_with_the_reason(tmp_path, what):
     root = tmp_path / "64"

@@ -373,7 +373,7 @@ def test_a_full_disk_ends_the_run_with_the_last_complete_step_and_going_on_works
     done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "could not be saved" in done.stderr and "last complete one is none" in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("Error: ")
+    assert any(line.startswith("Error: ") for line in done.stderr.splitlines())
     assert train.train(tiny(path), workdir) == "done"
     assert curve(workdir, "loss") == curve(undisturbed, "loss")
 
@@ -389,3 +389,29 @@ def test_one_program_a_bucket_and_text_length(tmp_path, monkeypatch):
     monkeypatch.setattr(train.flow, "losses", counting)
     train.train(tiny(tmp_path / "64", **{"train.total_steps": 30, "data.text_lengths": (8, 16)}), tmp_path / "run")
     assert len(traced) == len(set(traced)) and 3 <= len(traced) <= 6
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.heads": 0}, "model.heads=0 must be above 0"),
+        ({"train.batch_size": 0}, "train.batch_size=0 must be above 0"),
+        ({"optim.ema_decay": 1.0}, r"optim.ema_decay=1.0 must lie in \[0, 1\)"),
+        ({"optim.peak_learning_rate": 0.0}, "optim.peak_learning_rate=0.0 must be above 0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(path, tmp_path, change, words):
+    with pytest.raises(InputError, match=words):
+        train.train(tiny(path, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cut_config_is_named_and_a_folder_that_never_trained_is_free(path, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "dataset.json"):
+        (run / name).write_bytes((undisturbed / name).read_bytes())
+    assert train.train(tiny(path, **{"train.batch_size": 2}), run) == "done"  # nothing was trained with the old size
+    (run / "config.json").write_text('{"data"')
+    with pytest.raises(InputError, match=r"config\.json cannot be read as JSON"):
+        train.train(tiny(path), run)

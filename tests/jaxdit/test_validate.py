@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from configs import quickstart
-from encode.records import InputError
 from jaxdit import report, train, validate
 
 ROOT = Path(__file__).parents[2]
@@ -174,8 +173,12 @@ def test_too_few_images_cannot_be_judged(folder, tmp_path):
     for suffix in ("png", "txt"):
         (one / f"a.{suffix}").write_bytes((folder / "right" / f"figure-0000.{suffix}").read_bytes())
     workdir = trained_on(encode(one, tmp_path / "encoded"), tmp_path / "run", 10)
-    with pytest.raises(InputError, match="needs at least 2"):
-        validate.gate(workdir, tmp_path / "gate")
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxdit.validate", f"--workdir={workdir}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "needs at least 2" in done.stdout
+    assert json.loads((workdir / "gate" / "gate.json").read_text())["verdict"] == "incomplete"
+    assert "incomplete" in report.write(workdir).read_text()
 
 
 def test_the_page_of_a_run_shows_everything_and_escapes(passed, tmp_path):
