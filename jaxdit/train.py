@@ -286,16 +286,22 @@ def report(row, log, clock, config, saver) -> None:
 
 
 class StopOnSignal:
-    """`requested` becomes true at SIGTERM or SIGINT; a second one ends the process at once."""
+    """`requested` becomes true at SIGTERM or SIGINT; another one, more than a second later, ends the process at once.
+
+    Within that second it is the same wish: Ctrl-C reaches a script and its child, and the script passes it on as well.
+    """
 
     def __init__(self):
-        self.requested = False
+        self.requested, self._at = False, 0.0
         self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _stop(self, number, frame):
-        logging.info("Asked to stop: saving. (Once more ends the process without saving.)")
-        self.requested = True
-        self.close()
+        if not self.requested:
+            logging.info("Asked to stop: saving. (Once more ends the process without saving.)")
+            self.requested, self._at = True, time.monotonic()
+        elif time.monotonic() - self._at > 1:
+            self.close()
+            signal.raise_signal(number)
 
     def close(self):
         for number, handler in self._before.items():
