@@ -367,13 +367,11 @@ def test_the_configurations_have_the_same_fields():
 
 def test_a_full_disk_ends_the_run_with_the_last_complete_step_and_going_on_works(path, undisturbed, tmp_path):
     workdir = tmp_path / "run"
-    limited = (
-        f"ulimit -f 60; exec {' '.join(map(repr, command(path, workdir)))}"  # no file over 60 KiB: half a checkpoint
-    )
+    arguments = " ".join(map(repr, command(path, workdir)))
+    limited = f"ulimit -f 60; exec {arguments}"  # no file over 60 KiB: half a checkpoint
     done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "could not be saved" in done.stderr and "last complete one is none" in done.stderr
-    assert any(line.startswith("Error: ") for line in done.stderr.splitlines())
     assert train.train(tiny(path), workdir) == "done"
     assert curve(workdir, "loss") == curve(undisturbed, "loss")
 
