@@ -81,6 +81,8 @@ def _parse(default: str | None) -> Any:
         given = next((a for a in sys.argv[1:] if field and field.group(1) in a), " ".join(sys.argv[1:]))
         advice = f"the nearest is {nearest.group(1)!r}" if nearest else f"{words.strip()}"
         raise InputError(f"{given}: the configuration has no such field; {advice}.") from error
+    except ValueError as error:  # a configuration file refuses its argument, as in FILE:ARG
+        raise InputError(str(error)) from error
     except OSError as error:
         given = next(argument for argument in arguments if re.match(r"--?config(=|$)", argument))
         raise InputError(f"{given}: no such configuration file, or it cannot be read.") from error

@@ -269,6 +269,7 @@ def test_contradictions_are_refused_before_anything_is_written(path, tmp_path, c
         ("--config.modle.layers=2", "model"),
         ("--config.train.total_steps=many", "total_steps"),
         ("--config=configs/nothing.py", "configs/nothing.py"),
+        ("--config=configs/full.py:99", "choose 256, 512, 1024"),
         ("--confg=1", "confg"),
     ],
 )
