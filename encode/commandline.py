@@ -73,7 +73,10 @@ def _parse(default: str | None) -> Any:
         if holder is not None:
             _ = config.is_locked  # a file that could not be loaded says so only when it is used
     except flags.Error as error:
-        raise InputError(str(error).strip()) from error
+        words = str(error).strip()
+        if "Traceback" in words:  # a configuration file that refuses its argument, as in FILE:ARG, or that is broken
+            words = words.splitlines()[-1].split(": ", 1)[-1]
+        raise InputError(words) from error
     except (AttributeError, KeyError) as error:
         words = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\n", " ").replace("\\", "")
         field = re.search(r"instead of \"(\w+)\"", words)
@@ -81,8 +84,6 @@ def _parse(default: str | None) -> Any:
         given = next((a for a in sys.argv[1:] if field and field.group(1) in a), " ".join(sys.argv[1:]))
         advice = f"the nearest is {nearest.group(1)!r}" if nearest else f"{words.strip()}"
         raise InputError(f"{given}: the configuration has no such field; {advice}.") from error
-    except ValueError as error:  # a configuration file refuses its argument, as in FILE:ARG
-        raise InputError(str(error)) from error
     except OSError as error:
         given = next(argument for argument in arguments if re.match(r"--?config(=|$)", argument))
         raise InputError(f"{given}: no such configuration file, or it cannot be read.") from error

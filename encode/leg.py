@@ -1,36 +1,19 @@
-"""What surrounds one leg of an encode run: the lock on its folder, the word about a full disk, the progress line."""
+"""What surrounds one leg of an encode run: the word about a full disk, the progress line."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import logging
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from encode.records import InputError
 
 log = logging.getLogger(__name__)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SAY_EVERY = 10.0  # seconds between progress lines
-
-
-@contextlib.contextmanager
-def only_one(out: Path) -> Iterator[None]:
-    """Two runs never write into one folder; the lock ends with the process, however it ends."""
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{out}: another encode.main is writing into it; wait for it or choose another folder."
-            ) from error
-        yield
 
 
 def disk_full(out: Path) -> str:

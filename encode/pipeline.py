@@ -24,7 +24,7 @@ import numpy as np
 
 from encode import buckets, captions, images, records, report, stats
 from encode import plan as plan_rules
-from encode.leg import DISK_FULL, Progress, disk_full, only_one, say_problems
+from encode.leg import DISK_FULL, Progress, disk_full, say_problems
 from encode.plan import Stopped
 from encode.records import InputError
 from encode.source import Collection, Item, Problem, walk
@@ -126,8 +126,7 @@ def run(config: Any, encoders: Encoders, stop: Callable[[], bool] = lambda: Fals
             f"config.out={out} holds the photographs themselves; choose a folder of its own for the output."
         )
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with only_one(out):
+        with records.only_one(out):
             return _run(config, folder, out, encoders, stop)
     except OSError as error:
         if error.errno not in DISK_FULL:

@@ -7,10 +7,12 @@ bfloat16 tensor as nothing at all and a float16 one as float32 lists, so arrays 
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,24 @@ def publish(temporary: Path, target: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, so that two processes never write into it; it ends with the process, however that ends.
+
+    Raises:
+      InputError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{folder}: another process is writing into it; wait for it, or name another folder."
+            ) from error
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:

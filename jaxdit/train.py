@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from encode.records import InputError
+from encode.records import InputError, only_one
 from jaxdit import checkpoint, data, flow, mesh, metrics, model, optim, trained
 from jaxdit import workdir as folder
 
@@ -58,7 +58,7 @@ def train(config: Any, workdir: str | Path) -> str:
         text_lengths=config.data.text_lengths,
         normalize_vision=config.data.normalize_vision,
     )
-    with folder.only_one(workdir):
+    with only_one(workdir):
         folder.claim(workdir, config, dataset.path, dataset.info)
         return run(config, workdir, dataset, warmup)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,24 +134,6 @@ def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any]) 
                 file.write(json.dumps({"time": time.time(), "field": name, "from": old, "to": new}) + "\n")
                 logging.info("Changed since the last start: %s from %s to %s.", name, old, new)
         write_json(path, now)
-
-
-@contextlib.contextmanager
-def only_one(workdir: Path) -> Iterator[None]:
-    """Hold the folder's lock: two trainings in one folder would overwrite each other. A killed holder gives it back.
-
-    Raises:
-      InputError: another process is training in this folder.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another process is training in {workdir}; wait for it, or name another --workdir."
-            ) from error
-        yield
 
 
 def changed_fields(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -378,7 +378,7 @@ def test_two_runs_at_once_are_refused(tmp_path):
     second = []
 
     def stop():
-        with pytest.raises(InputError, match=r"another encode\.main is writing"):
+        with pytest.raises(InputError, match=r"another process is writing into it"):
             _run(images, tmp_path / "out")
         second.append(True)
         return False

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from configs import full, nano, quickstart
-from encode.records import InputError
+from encode.records import InputError, only_one
 from jaxdit import checkpoint, data, metrics, model, optim, train, trained
 
 ROOT = Path(__file__).parents[2]
@@ -225,7 +225,7 @@ def test_a_folder_that_is_no_working_folder_is_refused(path, tmp_path):
 
 
 def test_a_second_training_in_the_same_folder_is_refused(path, tmp_path):
-    with train.folder.only_one(tmp_path / "run"), pytest.raises(InputError, match="another process is training in"):
+    with only_one(tmp_path / "run"), pytest.raises(InputError, match="another process is writing into it"):
         train.train(tiny(path), tmp_path / "run")
 
 
