@@ -136,7 +136,9 @@ class Checkpoints:
     def _set_aside(self, steps: list[int]) -> None:
         """Rename what could not be read, so that the step can be saved again."""
         for step in steps:
-            os.rename(self.folder / str(step), self.folder / f"{step}.damaged-{time.time_ns()}")
+            aside = self.folder / f"{step}.damaged-{time.time_ns()}"
+            os.rename(self.folder / str(step), aside)
+            logging.warning("Step %d is kept as %s; remove it when it is not wanted.", step, aside)
 
     def _prune(self) -> None:
         resumable = self.steps("state")

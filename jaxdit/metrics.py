@@ -59,7 +59,7 @@ class Clock:
     """Rate and share of time spent waiting for data, over the last steps of this leg of the run."""
 
     def __init__(self, window: int = 50):
-        self._wait, self._images = 0.0, 0
+        self._wait, self._images, self._said = 0.0, 0, time.monotonic()
         self._ticks = deque([(time.monotonic(), 0.0, 0)], maxlen=window + 1)
 
     def waited(self, seconds: float) -> None:
@@ -68,6 +68,14 @@ class Clock:
     def trained(self, images: int) -> None:
         self._images += images
         self._ticks.append((time.monotonic(), self._wait, self._images))
+
+    def said(self) -> None:
+        """A progress line has been printed."""
+        self._said = time.monotonic()
+
+    def silent_for(self) -> float:
+        """Seconds since the last progress line."""
+        return time.monotonic() - self._said
 
     def skip(self, seconds: float) -> None:
         """Leave out time that was not training: compiling, saving."""

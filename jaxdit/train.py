@@ -24,6 +24,7 @@ from jaxdit import checkpoint, data, flow, mesh, metrics, model, optim, trained
 from jaxdit import workdir as folder
 
 VOIDED_LIMIT = 10
+SAY_EVERY = 30.0  # seconds between progress lines, at the most
 HELD_OUT = 2**31 - 1  # stands where a step stands in the keys of training, and no step reaches it
 
 
@@ -266,13 +267,16 @@ def report(row, log, clock, config, saver) -> None:
     step = row["step"]
     voided_in_row = int(jax.device_get(row["voided_in_row"]))
     last = step in (1, config.train.total_steps)
-    if step % config.train.log_every == 0 or last or voided_in_row or "held_out_loss" in row:
+    due = step % config.train.log_every == 0 or last or voided_in_row > 0 or "held_out_loss" in row
+    if due or clock.silent_for() > SAY_EVERY:  # at 1024 twenty updates take twenty minutes: too long without a word
         values = {name: np.asarray(value).item() for name, value in jax.device_get(row).items()}
         for name in ("loss", "grad_norm"):  # JSON has no NaN
             values[name] = values[name] if np.isfinite(values[name]) else None
         values["samples_seen"] = step * config.train.batch_size
         values |= clock.look()
-        log.write(values)
+        if due:
+            log.write(values)
+        clock.said()
         if voided_in_row:
             logging.warning("Step %d was voided: its loss or gradient is not finite; nothing moved.", step)
         else:

@@ -143,6 +143,14 @@ def test_loss_falls_and_every_step_is_logged_once(undisturbed):
     assert any((undisturbed / "tensorboard").iterdir())
 
 
+def test_a_slow_run_speaks_between_its_logged_steps(path, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(train, "SAY_EVERY", 0.0)
+    with caplog.at_level("INFO"):
+        train.train(tiny(path, **{"train.log_every": 10}), tmp_path / "run")
+    assert sum("images/s" in line or "rate not known" in line for line in caplog.messages) == 20
+    assert [row["step"] for row in metrics.read(tmp_path / "run")] == [1, 10, 20]
+
+
 def test_ema_and_raw_weights_are_both_kept_and_differ(undisturbed):
     (_, averaged), (_, raw) = weights(undisturbed), weights(undisturbed, raw=True)
     kernel = averaged["blocks"]["mlp_in"]["kernel"], raw["blocks"]["mlp_in"]["kernel"]
