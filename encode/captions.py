@@ -118,6 +118,16 @@ def _idiom(around: _Around) -> Sense | None:
     words = [word for word in after if word != "-"] if around.glued[1] else after
     if words[:2] in (["hand", "man"], ["hand", "woman"]):
         return Sense.OTHER if around.word == "right" else Sense.DOUBT
+    if words[:2] in (["turn", "of"], ["and", "proper"], ["and", "wrong"]) or (
+        words[0] == "of" and before[-1] in W.CLAIMS
+    ):
+        return Sense.DOUBT
+    if "wrong" in before or "wrong" in after or (words[0] == "foot" and not W.STARTING.isdisjoint(before)):
+        return Sense.DOUBT
+    if words[:2] == ["side", "of"] and not W.WAKING.isdisjoint(words):
+        return Sense.DOUBT
+    if (words[0] == "leaning" and words[1] in W.LEANERS) or (words[0] == "hands" and before[-2:] == ["in", "the"]):
+        return Sense.DOUBT
     if words[0] == "feet" and before[-1] == "two":
         return Sense.OTHER if around.word == "left" else Sense.DOUBT
     if words[:2] == ["side", "of"] and not W.CLOTHS.isdisjoint(words[2:6]):
@@ -132,7 +142,8 @@ def _idiom(around: _Around) -> Sense | None:
         return Sense.OTHER
     if words[0] == "of" and (words[1] in W.RIGHT_OF or words[1:3] == ["first", "refusal"]):
         return Sense.OTHER
-    return Sense.OTHER if words[0] == "to" and words[1] in W.RIGHT_TO else None
+    judged = before[-1] == "own" or (before[-1] == "just" and words[0] == "for")
+    return Sense.OTHER if judged or (words[0] == "to" and words[1] in W.RIGHT_TO) else None
 
 
 _HYPHENED = (W.PARTS - {"wing", "wings"}) | W.AFTER_PLACE | W.MOTIONS | W.HYPHENED
@@ -254,6 +265,8 @@ def _appositive(around: _Around) -> Sense | None:
         return Sense.SIDE
     if before[-1] in ("(", "[") and after[0] in W.PAUSE:
         return Sense.SIDE
+    if before[-1] in ("", ".") and after[0] == "," and after[1] in W.SPOKEN:
+        return Sense.DOUBT  # Right, here is a dog
     if before[-1] in ("", ".", ";", ":") and after[0] in W.PAUSE - {"?", "!"}:
         return Sense.SIDE
     if after[0] == ":" and not before[-1].isalpha():

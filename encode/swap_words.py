@@ -58,6 +58,13 @@ BETWEEN = _set(
     "shirt trouser jacket coat trousers pinky fore"
 )
 CLOTHS = _set("fabric cloth leather material paper")  # their right side
+CLAIMS = _set("by divine natural equal no legal sole")  # the divine right of kings
+STARTING = _set("get gets got getting off start starts started starting")  # on the right foot
+WAKING = _set("wake woke waking history law")  # the right side of the bed to wake up on
+LEANERS = _set(
+    "newspaper newspapers magazine voter voters press media party parties politician politicians government press"
+)
+SPOKEN = _set("here so now then let let's this that where what who i you we it")
 HALVES = _set(
     "full empty eaten open finished drunk buried hidden way as asleep done painted built closed"
 )  # left half full
@@ -70,7 +77,7 @@ THINGS = _set(
 ARRIVING = _set(
     "got get gets getting delivered came come comes arrived arrives went brought sent hop hops board boards"
 )
-CORRECT = _set("track path note course road day people person man woman foot one level scale")
+CORRECT = _set("track path note course road day people person man woman foot one level scale direction")
 FOLLOW = _set(
     "of and or is are was were in with while on at as by has have holds shows stands sits stand sit lies appears can there "
     "there's where who which that beside behind near under above below from has wears walks looks faces but also then to we you"
@@ -110,7 +117,8 @@ LEFT_NOUNS = _set("luggage overs")
 # Other senses of "right".
 RIGHT_NOUNS = _set(
     "angle angles angled triangle triangles moment time place size answer choice amount whale whales way kind thing things "
-    "conditions mood tool tools word words reason balance fit idea mix attitude people"
+    "conditions perspective distance height temperature occasion outfit crowd "
+    "stuff mind royal reverend honourable honorable mood tool tools word words reason balance fit idea mix attitude people"
 )
 RESTING = _set("up perched placed parked built landing landed balanced")  # "curled up right on the keyboard"
 RIGHT_OF = _set("way passage return reply refusal entry")
