@@ -1,31 +1,44 @@
 """Any picture file -> upright 8-bit sRGB pixels, or a named reason why not.
 
 The content decides the format. A damaged file is refused, never half decoded, and an image object that raised is not
-used again. The plan reads headers only (`size`); the pixels are decoded once, in the pass that encodes them.
+used again. The plan reads headers only (`size`); the pixels are decoded once, in the pass that encodes them. What is read
+and what becomes of it stands in the README, "What goes in".
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
+import logging
 import os
+import re
 import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+import pillow_heif
+import pillow_jxl
+from PIL import Image, ImageChops, ImageOps
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")  # JPEG covers MPO
+from encode import colour, formats, headers
+
 SMALLEST = 16  # pixels: less than one patch of the model
 ORIENTATION = 0x0112
 RESIZE_RULE = "upright, sRGB, alpha on white; stretched to the bucket with Pillow's Lanczos filter, no crop"
-_SRGB = ImageCms.createProfile("sRGB")
-_WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # grey of 16 bits; Pillow widens some to 32
 
 Image.init()  # all plugins now: opening in several threads would race to register them
+pillow_heif.register_heif_opener()
+pillow_jxl.JpegXLImagePlugin.DECODE_THREADS = 0  # the pictures are spread over the cores, not one picture's rows
 Image.MAX_IMAGE_PIXELS = None  # our own limit, config.max_pixels, is checked from the header, before a byte is decoded
-warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture is used or quarantined; a warning is neither
+for _module in (r"PIL\.", r"pillow_heif", r"pillow_jxl", r"encode\.(images|colour)"):
+    warnings.filterwarnings("ignore", module=_module)  # a picture is used or quarantined; a warning is neither
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+for _library in Path(Image.__file__).parent.parent.glob(
+    "pillow.libs/libtiff*"
+):  # where Pillow's wheels for Linux keep it
+    ctypes.CDLL(str(_library)).TIFFSetErrorHandler(None)  # it would print to stderr what Pillow raises anyway
 
 
 class ImageProblem(ValueError):
@@ -38,9 +51,13 @@ def size(path: Path, max_pixels: int) -> tuple[int, int]:
     Raises:
       ImageProblem: not a picture, too many pixels, or too small.
     """
-    with _Refusing(), _open(path, max_pixels) as image:
-        turned = image.format != "TIFF" and _orientation(image, path) >= 5  # Pillow has turned a TIFF already
-        return image.size[::-1] if turned else image.size
+    path = Path(path)
+    with _Refusing(path) as refusing:
+        kind = refusing.kind = _kind(path)
+        if kind == "JXL":  # the plugin decodes when it opens
+            return _jxl_size(path, max_pixels)[0]
+        with _open(path, kind, max_pixels) as image:
+            return _upright_size(image, path)
 
 
 def decode(path: Path, max_pixels: int) -> np.ndarray:
@@ -49,13 +66,11 @@ def decode(path: Path, max_pixels: int) -> np.ndarray:
     Raises:
       ImageProblem: with the reason, for instance that the file is truncated.
     """
-    with _Refusing(), _open(path, max_pixels) as image:
-        image.load()
-        orientation = 1 if image.format == "TIFF" else _orientation(image, path)
-        upright = _to_srgb(image)
-        if orientation in _TURNS:
-            upright = upright.transpose(_TURNS[orientation])
-        return np.asarray(upright)
+    path = Path(path)
+    with _Refusing(path) as refusing:
+        kind = refusing.kind = _kind(path)
+        with _open(path, kind, max_pixels) as image:
+            return np.asarray(_upright(image, path))
 
 
 def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -72,6 +87,164 @@ def pixel_hash(pixels: np.ndarray) -> str:
     return digest.hexdigest()[:32]
 
 
+def mirrored(pixels: np.ndarray) -> np.ndarray:
+    """The picture seen in a mirror; the last axis is colour, the one before it runs from left to right."""
+    return np.ascontiguousarray(pixels[..., ::-1, :])
+
+
+def thumbnail(pixels: np.ndarray, side: int) -> bytes:
+    """A small JPEG for a page, its longer side at most `side` pixels."""
+    return _jpeg(ImageOps.contain(Image.fromarray(pixels), (side, side)))
+
+
+def thumbnail_of(path: Path, max_pixels: int, side: int) -> bytes:
+    """A small JPEG of a file's upright picture, its longer side at most `side`; quicker than decoding in full.
+
+    Raises:
+      ImageProblem: as decode.
+    """
+    path = Path(path)
+    with _Refusing(path) as refusing:
+        kind = refusing.kind = _kind(path)
+        with _open(path, kind, max_pixels) as image:
+            return _jpeg(ImageOps.contain(_upright(image, path, side), (side, side)))
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()
+
+
+class _Refusing:
+    """Whatever a decoder raises over foreign bytes becomes an ImageProblem with a name."""
+
+    def __init__(self, path: Path):
+        self.path, self.kind = path, "file"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is None or isinstance(error, (ImageProblem, MemoryError)):
+            return
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # how decoders in Rust give up
+            raise ImageProblem(self._reason(error)) from error
+
+    def _reason(self, error: BaseException) -> str:
+        text = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")[:200]
+        if isinstance(error, colour.NoRange):
+            return text
+        if isinstance(error, OSError) and error.errno is not None:
+            return f"cannot be read: {error.strerror}"
+        if isinstance(error, Image.UnidentifiedImageError):
+            text = f"begins like {self.kind}, but its header cannot be used"
+        elif self.kind == "JXL":
+            text = "the JPEG XL decoder gave up"  # it has only one message, and that advises to build it anew
+        if isinstance(error, (EOFError, struct.error)) or any(word in text.lower() for word in _CUT):
+            return f"truncated: {text or type(error).__name__}"
+        if headers.is_cut(self.path, self.kind):
+            return f"truncated: {text}"
+        if isinstance(error, Image.UnidentifiedImageError):
+            return f"damaged, or of a kind that is not read: {text}"
+        if self.kind == "JXL":
+            return f"damaged or truncated: {text}"
+        return f"damaged: {type(error).__name__}: {text}"
+
+
+_CUT = ("truncated", "unexpected end", "end of file", "premature", "not enough", "not large enough")
+
+
+def _kind(path: Path) -> str:
+    """Pillow's name of the format: by the first bytes; by the suffix only where a format has no signature."""
+    with open(path, "rb") as file:
+        head = file.read(formats.HEAD)
+    if not head:
+        raise ImageProblem("the file is empty")
+    suffix = os.path.splitext(path)[1].lstrip(".").lower()
+    reason = formats.refused(head, suffix)
+    if reason:
+        raise ImageProblem(reason)
+    kind = formats.signature(head) or formats.WEAK.get(suffix)
+    if kind is None:
+        raise ImageProblem("not a picture in a format that can be read")
+    if kind == "TIFF" and headers.tiff_is_raw(path):
+        raise ImageProblem(formats.RAW_REASON)
+    return kind
+
+
+def _check(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageProblem(f"too many pixels: {width} x {height}, config.max_pixels is {max_pixels}")
+    if min(width, height) < SMALLEST:
+        raise ImageProblem(f"too small: {width} x {height} pixels, the least is {SMALLEST} a side")
+
+
+_ICONS = ("ICO", "ICNS", "CUR")  # their directory may lie about the picture inside
+
+
+def _open(path: Path, kind: str, max_pixels: int) -> Image.Image:
+    """The open image, its size within the limits; nothing is decoded yet, but for icons and JPEG XL."""
+    _check_before_opening(path, kind, max_pixels)
+    image = Image.open(path, formats=(kind,))
+    try:
+        _check(*image.size, max_pixels)
+        if kind in _ICONS:
+            image.load()
+            _check(*image.size, max_pixels)
+        if kind == "TIFF":
+            _seek_whole(image)
+            _check(*image.size, max_pixels)
+    except BaseException:
+        image.close()
+        raise
+    return image
+
+
+def _check_before_opening(path: Path, kind: str, max_pixels: int) -> None:
+    """The limit, where Pillow would allocate or decode before it tells the size."""
+    if kind == "JXL":
+        _jxl_size(path, max_pixels)
+    elif kind == "WEBP":
+        with open(path, "rb") as file:
+            claimed = headers.webp_size(file.read(30))
+        if claimed:
+            _check(*claimed, max_pixels)
+    elif kind in _ICONS:
+        for width, height in headers.embedded_sizes(path):
+            if width * height > max_pixels:
+                _check(width, height, max_pixels)
+
+
+def _jxl_size(path: Path, max_pixels: int) -> tuple[tuple[int, int], headers.JxlHeader]:
+    try:
+        header = headers.jxl_header(path)
+    except ValueError as error:
+        raise ImageProblem(f"damaged: begins like a JPEG XL, but {error}") from error
+    stored = header.width, header.height
+    upright = stored[::-1] if header.orientation >= 5 else stored
+    _check(*upright, max_pixels)
+    if header.animated:
+        raise ImageProblem("an animated JPEG XL, of which only the last frame could be read: save one frame first")
+    return upright, header
+
+
+_REDUCED = 1 | 4  # bits of TIFF's NewSubfileType: a preview, or a mask, of another page
+_PAGES = 16
+
+
+def _seek_whole(image: Image.Image) -> None:
+    """Go to a TIFF's first page that is a picture of its own, where a preview or mask stands before it."""
+    for page in range(_PAGES):
+        try:
+            image.seek(page)
+        except EOFError:
+            break
+        if not int(image.tag_v2.get(254, 0)) & _REDUCED:
+            return
+    image.seek(0)
+
+
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -83,114 +256,161 @@ _TURNS = {
 }
 
 
-class _Refusing:
-    """Whatever a decoder raises over foreign bytes becomes an ImageProblem with a name."""
+def _orientation(image: Image.Image, path: Path) -> int:
+    """How the loaded pixels are still to be turned, 1 to 8. Broken EXIF counts as none; EXIF comes before XMP.
 
-    def __enter__(self):
-        return self
+    Pillow turns a TIFF when it loads it. libheif turns HEIC by the container's own boxes, and its EXIF counts no more.
+    Pillow's AVIF plugin puts what the boxes say into the EXIF block that it hands over. libjxl turns by the codestream,
+    except where the file is a repacked JPEG.
+    """
+    if image.format in ("TIFF", "HEIF"):
+        return 1
+    if image.format == "JXL":
+        return headers.jxl_header(path).orientation if image.jpeg else 1
+    exif, xmp = image.info.get("exif", b""), image.info.get("xmp", b"")
+    if image.format == "PNG":
+        exif, xmp = headers.png_metadata(path)
+    elif image.format == "AVIF":
+        xmp = b""
+    return _exif_orientation(exif) or _xmp_orientation(xmp) or 1
 
-    def __exit__(self, kind, error, traceback):
-        if error is None or isinstance(error, (ImageProblem, MemoryError)) or not isinstance(error, Exception):
-            return
-        text = str(error).strip().rstrip(".")
-        if isinstance(error, Image.UnidentifiedImageError):
-            raise ImageProblem("not a picture in a format that can be read") from error
-        if isinstance(error, OSError) and error.errno is not None:
-            raise ImageProblem(f"cannot be read: {error.strerror}") from error
-        cut = ("truncated", "unexpected end", "broken data stream", "premature", "not enough")
-        if isinstance(error, (EOFError, struct.error)) or any(word in text.lower() for word in cut):
-            raise ImageProblem(f"truncated: {text or type(error).__name__}") from error
-        raise ImageProblem(f"damaged: {type(error).__name__}: {text}") from error
+
+def _exif_orientation(data: bytes) -> int | None:
+    if not data:
+        return None
+    try:
+        exif = Image.Exif()
+        exif.load(data)
+        orientation = exif.get(ORIENTATION)
+    except MemoryError:
+        raise
+    except Exception:
+        return None
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else None
 
 
-def _open(path: Path, max_pixels: int) -> Image.Image:
-    if os.path.getsize(path) == 0:
-        raise ImageProblem("the file is empty")
-    image = Image.open(path, formats=FORMATS)
-    width, height = image.size
-    if width * height > max_pixels:
-        image.close()
-        raise ImageProblem(f"too many pixels: {width} x {height}, config.max_pixels is {max_pixels}")
-    if min(width, height) < SMALLEST:
-        image.close()
-        raise ImageProblem(f"too small: {width} x {height} pixels, the least is {SMALLEST} a side")
+_XMP = re.compile(rb"tiff:Orientation(?:\s*=\s*[\"']|\s*>)\s*([1-8])\s*[\"'<]")
+
+
+def _xmp_orientation(data: bytes | str) -> int | None:
+    found = _XMP.search(data.encode("utf-8", "replace") if isinstance(data, str) else data or b"")
+    return int(found[1]) if found else None
+
+
+def _upright_size(image: Image.Image, path: Path) -> tuple[int, int]:
+    """The size that _upright will give. Called before the pixels are loaded."""
+    if image.format == "TIFF":
+        # Pillow has turned the size after the tag, but turns the pixels after XMP too where there is no tag.
+        tag = image.tag_v2.get(ORIENTATION)
+        try:
+            turned = tag is None and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        except (SyntaxError, struct.error, ValueError, KeyError, TypeError):
+            turned = False
+    elif image.format == "JXL":
+        turned = bool(image.jpeg) and _orientation(image, path) >= 5
+    else:
+        turned = _orientation(image, path) >= 5
+    return image.size[::-1] if turned else image.size
+
+
+def _check_whole(image: Image.Image, path: Path) -> None:
+    """Find the damage that a decoder has passed over in silence: libjpeg paints grey where pixels are missing."""
+    if image.format == "PNG" and not headers.png_is_sound(path):
+        raise ImageProblem("damaged: the checksum of the pixels is wrong")
+    if image.format in ("JPEG", "MPO"):
+        data = path.read_bytes()
+        try:
+            filled = headers.jpeg_with_filling(data)
+        except ValueError as error:
+            raise ImageProblem(f"damaged: {error}") from error
+        if not _same(data, filled, image.info.get("progressive")):
+            raise ImageProblem("damaged: the pixels end before the picture does")
+
+
+def _same(data: bytes, other: bytes, progressive: bool) -> bool:
+    """Whether two JPEGs decode to the same pixels; of one that is not progressive an eighth of the size will tell."""
+    with _jpeg_open(data, progressive) as one, _jpeg_open(other, progressive) as two:
+        rows = range(0, one.height, colour.STRIP)
+        boxes = ((0, top, one.width, min(top + colour.STRIP, one.height)) for top in rows)
+        return one.size == two.size and all(one.crop(box).tobytes() == two.crop(box).tobytes() for box in boxes)
+
+
+def _jpeg_open(data: bytes, whole: bool) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=("JPEG",))
+    if not whole:
+        image.draft("L", (1, 1))
     return image
 
 
-def _orientation(image: Image.Image, path: Path) -> int:
-    """EXIF orientation 1 to 8; a broken EXIF block counts as none."""
-    if image.format == "PNG" and not _png_may_have_exif(path):
-        return 1  # asking Pillow would decode the whole picture, to look for EXIF behind it
-    try:
-        orientation = image.getexif().get(ORIENTATION, 1)
-    except (OSError, EOFError):
-        raise  # a PNG whose pixels are damaged: getexif had to decode them
-    except Exception:
-        return 1
-    return orientation if orientation in range(1, 9) else 1
+_PLAIN = ("L", "RGB", "CMYK", "RGBA", "LA")  # can be made small before their colours are converted
 
 
-def _png_may_have_exif(path: Path) -> bool:
-    """True where a PNG holds EXIF, XMP or text chunks, found by stepping over the chunks without reading them."""
+def _upright(image: Image.Image, path: Path, side: int | None = None) -> Image.Image:
+    """RGB image; with `side`, one that may be smaller than the file's, its longer side still at least that."""
+    expected = _upright_size(image, path)
+    if side and image.format in ("JPEG", "MPO"):
+        image.draft(None, (side, side))
+    stored = image.size
+    frame = image.tile[0].extents if image.format == "GIF" and image.tile else None
+    alpha = _exact_key(image, path)
+    image.load()
+    orientation = _orientation(image, path)
+    if image.size != stored and image.format != "TIFF":
+        raise ImageProblem(f"damaged: the header says {stored[0]} x {stored[1]}, the picture is {image.size}")
+    if side is None:
+        _check_whole(image, path)
+    pixels = _mended(image, path)
+    if side and alpha is None and pixels.mode in _PLAIN and "transparency" not in pixels.info:
+        pixels = _reduced(pixels, side)
+    upright = colour.to_srgb(pixels, alpha)
+    if frame and frame != (0, 0, *upright.size):
+        whole = Image.new("RGB", upright.size, "white")  # what the first frame leaves out is transparent
+        whole.paste(upright.crop(frame), frame[:2])
+        upright = whole
+    if orientation in _TURNS:
+        upright = upright.transpose(_TURNS[orientation])
+    if side is None and upright.size != expected:
+        raise ImageProblem(f"damaged: the header says {expected}, the picture is {upright.size}")
+    return upright
+
+
+def _reduced(image: Image.Image, side: int) -> Image.Image:
+    factor = max(image.size) // (2 * side)
+    return image.reduce(factor) if factor > 1 else image
+
+
+def _mended(image: Image.Image, path: Path) -> Image.Image:
+    """What decoders leave undone: the polarity of CMYK, alpha that means nothing, colours multiplied by alpha."""
+    if image.format in ("JPEG", "MPO") and image.mode == "CMYK" and "adobe" not in image.info:
+        mended = ImageChops.invert(image)  # Pillow takes every CMYK for Adobe's, which is stored inverted
+    elif image.format == "TGA" and image.mode in ("RGBA", "LA") and not _tga_has_alpha(path):
+        mended = image.convert(image.mode[:-1])
+    elif image.format == "JXL" and image.mode == "RGBA" and headers.jxl_header(path).premultiplied:
+        mended = Image.frombytes("RGBa", image.size, image.tobytes())
+    else:
+        return image
+    mended.info = dict(image.info)
+    return mended
+
+
+def _tga_has_alpha(path: Path) -> bool:
     with open(path, "rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            if kind in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
-                return True
-            if kind == b"IEND":
-                return False
-            file.seek(length + 4, io.SEEK_CUR)
-    return False
+        return file.read(18)[17] & 15 > 0
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
-    """RGB image from a loaded one of any mode: 16-bit grey scaled, profile applied, alpha composited on white."""
-    transparency = image.info.get("transparency")
-    profile = image.info.get("icc_profile")
-    if image.mode in _WIDE:
-        wide = np.asarray(image).astype(np.float64)
-        grey = np.clip(np.round(wide * (255 / 65535)), 0, 255).astype(np.uint8)
-        if isinstance(transparency, int):
-            alpha = Image.fromarray(np.where(wide == transparency, 0, 255).astype(np.uint8))
-            return _on_white(_apply_profile(Image.fromarray(grey), profile), alpha)
-        return _apply_profile(Image.fromarray(grey), profile)
-    if image.mode == "F":
-        raise ImageProblem("floating-point pixels have no known range")
-    if image.mode == "1":
-        image = image.convert("L")
-    if image.mode in ("RGBa", "La", "PA") or transparency is not None:
-        image = image.convert("LA" if image.mode == "La" else "RGBA")
-    elif image.mode == "P":
-        image = image.convert("RGB")
-    if image.mode in ("RGBA", "LA"):
-        colours = image.convert("RGB" if image.mode == "RGBA" else "L")
-        return _on_white(_apply_profile(colours, profile), image.getchannel("A"))
-    return _apply_profile(image, profile)
-
-
-def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
-    if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            return ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            pass  # a broken profile, or one of another colour space than the pixels, counts as sRGB
-    return image.convert("RGB")
-
-
-def _on_white(colours: Image.Image, alpha: Image.Image) -> Image.Image:
-    return Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
-
-
-def mirrored(pixels: np.ndarray) -> np.ndarray:
-    """The picture seen in a mirror; the last axis is colour, the one before it runs from left to right."""
-    return np.ascontiguousarray(pixels[..., ::-1, :])
-
-
-def thumbnail(pixels: np.ndarray, side: int) -> bytes:
-    """A small JPEG for a page, its longer side at most `side` pixels."""
-    image = ImageOps.contain(Image.fromarray(pixels), (side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=88)
-    return buffer.getvalue()
+def _exact_key(image: Image.Image, path: Path) -> Image.Image | None:
+    """Alpha of a PNG with 16 bits a colour and a transparent one, which Pillow can no longer tell from its neighbours."""
+    key = image.info.get("transparency")
+    rawmode = image.tile[0].args if image.format == "PNG" and image.tile else None
+    if rawmode in ("L;2", "L;4") and isinstance(key, int):
+        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[rawmode]  # Pillow stretches the pixels, not the key
+    if rawmode != "RGB;16B" or not isinstance(key, tuple):
+        return None
+    alpha = np.zeros(image.size[::-1], np.uint8)
+    for rawmode, shift in (("RGB;16B", 8), ("RGB;16L", 0)):  # the high bytes, then the low ones
+        with Image.open(path, formats=("PNG",)) as again:
+            again.tile = [tile._replace(args=rawmode) for tile in again.tile]
+            half = np.asarray(again)
+            for channel in range(3):
+                alpha[half[..., channel] != (key[channel] >> shift & 255)] = 255
+    return Image.fromarray(alpha)
