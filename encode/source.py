@@ -1,15 +1,13 @@
 """Walk a folder of captioned photographs: pictures with their captions on one side, problems by name on the other.
 
 Reads names and captions only, never a pixel, and never writes. The result is sorted by id, so it is the same on every
-machine. A picture is known by its suffix or, failing that, by its first bytes; what the bytes really hold is decided
-when it is decoded (images.py).
+machine and in every locale. Every file is accounted for: an item, its captions and vectors, a problem, or counted among
+the others.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import json
 import os
 import unicodedata
 from collections.abc import Mapping
@@ -17,70 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from encode.folder import METADATA, VECTORS, Found, Problem, look, suffix_of
 from encode.records import InputError
+from encode.sidecars import CAPTION_BYTES, Unusable, captions_of, may_flip, read_record, read_rows, read_text, shown
 
-PICTURES = frozenset(
-    [
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "webp",
-        "gif",
-        "bmp",
-        "dib",
-        "tif",
-        "tiff",
-        "avif",
-        "heic",
-        "heif",
-        "jp2",
-        "j2k",
-        "jpx",
-        "jxl",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-        "mpo",
-        "apng",
-    ]
+__all__ = ["METADATA", "Collection", "Item", "Problem", "walk"]
+
+NO_CAPTION = "no caption: expected a row in metadata.jsonl, NAME.json or NAME.txt"
+NO_PICTURE = "a caption without its picture: none of this name beside it"
+_NOTES = (
+    "license licence copying copyright notice changelog credits attribution authors notes todo index list files urls classes "
+    "labels tags captions prompts description info about"
 )
-SIDECARS = frozenset(
-    [
-        "txt",
-        "json",
-        "jsonl",
-        "npy",
-        "npz",
-        "csv",
-        "tsv",
-        "md",
-        "html",
-        "htm",
-        "xml",
-        "yaml",
-        "yml",
-        "log",
-        "py",
-        "db",
-        "ini",
-        "zip",
-    ]
-)
-LITTER = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db"})
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\x00", b"MM\x00*", b"BM")
-METADATA = "metadata.jsonl"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One input that is not encoded: its name, the stage that refused it ("caption", "decode", ...) and why."""
-
-    file: str
-    stage: str
-    reason: str
+NOTES = frozenset(_NOTES.split())  # text files that are no captions although they lie beside some
 
 
 @dataclass(frozen=True)
@@ -93,6 +40,7 @@ class Item:
       captions: one or more, stripped, none empty.
       vision: file with a precomputed vision vector (.npy, or .json with the key dino), if there is one.
       vision_flip: the same of the mirrored picture.
+      flip: whether it may be mirrored; "flip": false in its NAME.json or metadata row says no.
     """
 
     id: str
@@ -100,6 +48,7 @@ class Item:
     captions: tuple[str, ...]
     vision: Path | None = None
     vision_flip: Path | None = None
+    flip: bool = True
 
     def caption(self, seed: int) -> str:
         """The caption that this data set uses: one of several, chosen by (seed, id)."""
@@ -109,22 +58,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Collection:
-    """What a folder holds: items sorted by id, problems sorted by file."""
+    """What a folder holds: items sorted by id, problems sorted by file, and how many other files by suffix ("": none)."""
 
     items: tuple[Item, ...]
     problems: tuple[Problem, ...]
-
-
-@dataclass
-class _Folder:
-    """The file names of one directory."""
-
-    names: set[str] = field(default_factory=set)
-    by_form: dict[str, str] = field(default_factory=dict)  # composed name -> name on disk
-
-    def find(self, name: str) -> str | None:
-        """The file of that name, whether it is written composed or decomposed."""
-        return name if name in self.names else self.by_form.get(unicodedata.normalize("NFC", name))
+    others: Mapping[str, int] = field(default_factory=dict)
 
 
 def walk(images: Path, out: Path | None = None) -> Collection:
@@ -139,215 +77,173 @@ def walk(images: Path, out: Path | None = None) -> Collection:
     """
     images = Path(images)
     if not images.is_dir():
-        raise InputError(f"{images}: the folder does not exist; set config.images to the folder of your photographs.")
-    files, problems = _list(images, Path(out).resolve() if out else None)
-    pictures = [file for file in files if _is_picture(images / file)]
-    if not pictures and not problems:
-        raise InputError(f"{images}: the folder is empty: it holds no picture; set config.images to another one.")
-    metadata, metadata_problems = _metadata(images, files, pictures)
-    problems += metadata_problems
-    items, missing = [], []
-    folders = _folders(files)
-    for file in pictures:
-        found = _captions(images, file, folders[os.path.dirname(file)], metadata.get(file))
-        if isinstance(found, Item):
-            items.append(found)
-        else:
-            missing += [found] if found.reason == NO_CAPTION else []
-            problems.append(found)
+        what = "is no folder" if images.exists() else "the folder does not exist"
+        raise InputError(f"{images}: {what}; set config.images to the folder of your photographs.")
+    found = look(images, Path(out) if out else None)
+    rows = _metadata(found)
+    items, used = [], set()
+    for number, file in enumerate(found.pictures):
+        found.tell("of %d pictures have been looked up for captions", number, len(found.pictures))
+        used.update(found.beside(file))
+        try:
+            items.append(_item(found, file, rows.get(file, [])))
+        except Unusable as problem:
+            found.refuse(file, "caption", str(problem))
+    for file in found.refused:
+        used.update(found.beside(file))
+    _unused(found, used)
     if not items:
-        _explain_nothing(images, pictures, missing, problems)
-    by_file = sorted(problems, key=lambda problem: (problem.file, problem.stage, problem.reason))
-    return Collection(tuple(sorted(items, key=lambda item: item.id)), tuple(by_file))
+        _explain_nothing(found)
+    by_file = sorted(found.problems, key=lambda problem: (problem.file, problem.stage, problem.reason))
+    return Collection(
+        tuple(sorted(items, key=lambda item: item.id)), tuple(by_file), dict(sorted(found.others.items()))
+    )
 
 
-NO_CAPTION = "no caption: expected a row in metadata.jsonl, NAME.json or NAME.txt"
+Row = tuple[str, int, Mapping[str, Any]]  # metadata file, line, row
 
 
-def _explain_nothing(images: Path, pictures: list[str], missing: list[Problem], problems: list[Problem]) -> None:
-    if pictures and len(missing) == len(pictures):
+def _metadata(found: Found) -> dict[str, list[Row]]:
+    """{picture: its rows} of every metadata.jsonl; rows that name no picture are problems."""
+    exact, forms = set(found.pictures), {}
+    for file in found.pictures:
+        forms.setdefault(unicodedata.normalize("NFC", file), []).append(file)
+    rows: dict[str, list] = {}
+    loose: dict[str, list] = {}
+    for source in found.metadata:
+        try:
+            for number, row in read_rows(found.path(source)):
+                found.tell("rows of captions read", number)
+                line = f"{source}:{number}"
+                if isinstance(row, str):
+                    found.refuse(line, "caption", row)
+                    continue
+                try:
+                    names = [_relative(found.images, source, spelling) for spelling in _spellings(row["file_name"])]
+                except Unusable as problem:
+                    found.refuse(line, "caption", str(problem))
+                    continue
+                name = next((name for name in names if name in exact), None)
+                if name is not None:
+                    rows.setdefault(name, []).append((source, number, row))
+                matches = [match for name in names for match in forms.get(unicodedata.normalize("NFC", name), [])]
+                for match in matches:
+                    loose.setdefault(match, []).append((source, number, row))
+                if not matches:
+                    reason = f"names {shown(row['file_name'])[:200]}, which is not among the pictures"
+                    found.refuse(line, "caption", reason)
+        except Unusable as problem:
+            found.refuse(source, "caption", str(problem))
+    return loose | rows
+
+
+def _spellings(name: str) -> list[str]:
+    return [name, name.replace("\\", "/")] if "\\" in name else [name]
+
+
+def _relative(images: Path, source: str, name: str) -> str:
+    """A row's file_name as an id; it may not lead out of the image folder."""
+    if name.startswith("/"):
+        root = str(images.absolute())
+        relative = os.path.normpath(name)[len(root) + 1 :] if os.path.normpath(name).startswith(root + "/") else None
+    else:
+        relative = None if "\0" in name else os.path.normpath(os.path.join(os.path.dirname(source), name))
+    if relative is None or relative == ".." or relative.startswith("../"):
+        raise Unusable(f"names {shown(name)[:200]}, which is not among the pictures: it lies outside the folder")
+    return relative
+
+
+def _item(found: Found, file: str, rows: list[Row]) -> Item:
+    """The captions of a picture from its metadata rows, else NAME.json, else NAME.txt.
+
+    Raises:
+      Unusable: it has none.
+    """
+    stem = os.path.splitext(file)[0]
+    json_file, text_file = found.find(stem, ".json"), found.find(stem, ".txt")
+    said = [row for row in rows if "text" in row[2] or "caption" in row[2]]
+    record: Mapping[str, Any] = {}
+    if json_file is not None:
+        try:
+            record = read_record(found.path(json_file))
+        except Unusable as problem:
+            if not said and text_file is None:
+                raise Unusable(f"{json_file}: {problem}") from problem
+    if said:
+        captions = _from_rows(found, said)
+    elif "caption" in record or "text" in record:
+        captions = _named(json_file, captions_of, record.get("caption", record.get("text")))
+    elif text_file is not None:
+        captions = _named(text_file, lambda path: captions_of(read_text(path, CAPTION_BYTES)), found.path(text_file))
+    else:
+        raise Unusable(NO_CAPTION)
+    flips = [
+        _named(json_file, may_flip, record),
+        *(_named(source, may_flip, row, number) for source, number, row in rows),
+    ]
+    vectors = [found.find(stem, suffix) for suffix in VECTORS]
+    if vectors[0] is None and "dino" in record:
+        vectors[0] = json_file
+    vision, vision_flip = (None if name is None else found.path(name) for name in vectors)
+    return Item(file, found.path(file), captions, vision, vision_flip, all(flips))
+
+
+def _named(origin: str | None, function: Any, value: Any, line: int = 0) -> Any:
+    """function(value); its complaint names the file, and the line in it."""
+    try:
+        return function(value)
+    except Unusable as problem:
+        raise Unusable(f"{origin}: {problem}" + (f" (line {line})" if line else "")) from problem
+
+
+def _from_rows(found: Found, said: list[Row]) -> tuple[str, ...]:
+    """Several rows for one picture are several captions; a bad one costs only itself."""
+    captions: list[str] = []
+    bad: list[tuple[str, int, str]] = []
+    for source, number, row in said:
+        try:
+            captions += captions_of(row.get("text", row.get("caption")))
+        except Unusable as problem:
+            bad.append((source, number, str(problem)))
+    if not captions:
+        source, number, reason = bad[0]
+        raise Unusable(f"{source}: {reason} (line {number})")
+    found.problems += [Problem(f"{source}:{number}", "caption", reason) for source, number, reason in bad]
+    return tuple(dict.fromkeys(captions))
+
+
+def _unused(found: Found, used: set[str]) -> None:
+    """Caption files without a picture: a problem where captions of that kind lie beside pictures, else just other files."""
+    places = {(os.path.dirname(file), suffix_of(file)) for file in used}
+    for file in found.captions:
+        if file in used:
+            continue
+        stem = os.path.splitext(os.path.basename(file))[0].casefold()
+        suffix = suffix_of(file)
+        caption = suffix in ("txt", "json") and (os.path.dirname(file), suffix) in places
+        if caption and stem not in NOTES and not stem.startswith("readme"):
+            found.refuse(file, "caption", NO_PICTURE)
+        else:
+            found.others[suffix] += 1
+
+
+def _explain_nothing(found: Found) -> None:
+    missing = [problem for problem in found.problems if problem.reason == NO_CAPTION]
+    if found.pictures and len(missing) == len(found.pictures):
         raise InputError(
-            f"{images}: {len(pictures)} pictures but no captions at all; put them into metadata.jsonl (file_name, text), "
+            f"{found.images}: {len(missing)} pictures but no captions at all; put them into metadata.jsonl (file_name, text), "
             "NAME.json or NAME.txt beside each picture."
         )
-    first = problems[0]
-    raise InputError(
-        f"{images}: every input was refused ({len(problems)} of {len(problems)}), the first one {first.file}: "
-        f"{first.reason}."
-    )
-
-
-def _list(root: Path, out: Path | None) -> tuple[list[str], list[Problem]]:
-    """Relative paths of all files, sorted; linked folders are followed once."""
-    files: list[str] = []
-    problems: list[Problem] = []
-    seen: set[str] = set()
-    pending = [""]
-    while pending:
-        relative = pending.pop()
-        folder = root / relative
-        real = os.path.realpath(folder)
-        if real in seen or (out is not None and Path(real) == out):
-            continue
-        seen.add(real)
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            problems.append(Problem(relative or ".", "name", f"the folder cannot be read ({error.strerror})"))
-            continue
-        for entry in entries:
-            name = f"{relative}/{entry.name}" if relative else entry.name
-            if entry.name.startswith(".") or entry.name.lower() in LITTER or entry.name == "__MACOSX":
-                continue
-            if entry.is_dir():
-                pending.append(name)
-            elif _id(name) is None:
-                shown = os.fsencode(name).decode("utf-8", "backslashreplace")
-                problems.append(Problem(shown, "name", "the file name is not UTF-8; rename it"))
-            elif entry.is_file() or not os.path.exists(entry.path):  # a link to nothing is named later
-                files.append(name)
-    return sorted(files), problems
-
-
-def _id(name: str) -> str | None:
-    """The name as UTF-8 text whatever the machine's locale, or None."""
-    try:
-        return os.fsencode(name).decode("utf-8")
-    except UnicodeError:
-        return None
-
-
-def _suffix(file: str) -> str:
-    return os.path.splitext(file)[1].lstrip(".").lower()
-
-
-def _is_picture(path: Path) -> bool:
-    suffix = _suffix(path.name)
-    if suffix in PICTURES or suffix in SIDECARS:
-        return suffix in PICTURES
-    try:
-        with open(path, "rb") as file:
-            head = file.read(16)
-    except OSError:
-        return False
-    return head.startswith(MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[4:12] == b"ftypavif"
-
-
-def _folders(files: list[str]) -> dict[str, _Folder]:
-    folders: dict[str, _Folder] = {}
-    for file in files:
-        folder, name = os.path.split(file)
-        entry = folders.setdefault(folder, _Folder())
-        entry.names.add(name)
-        entry.by_form.setdefault(unicodedata.normalize("NFC", name), name)
-    return folders
-
-
-def _metadata(
-    images: Path, files: list[str], pictures: list[str]
-) -> tuple[dict[str, tuple[str, Mapping[str, Any]]], list[Problem]]:
-    """Rows of every metadata.jsonl as {picture: (metadata file, row)}, and what was wrong with the rest."""
-    exact = set(pictures)
-    by_form: dict[str, list[str]] = {}
-    for file in pictures:
-        by_form.setdefault(unicodedata.normalize("NFC", file), []).append(file)
-    rows: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    loose: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    problems = []
-    for source in (file for file in files if os.path.basename(file) == METADATA):
-        text = read_text(images / source)
-        if isinstance(text, Problem):
-            problems.append(Problem(source, "caption", text.reason))
-            continue
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            row = _json_object(line)
-            if row is None or not isinstance(row.get("file_name"), str):
-                problems.append(Problem(f"{source}:{number}", "caption", "not a JSON object with file_name and text"))
-                continue
-            name = os.path.normpath(os.path.join(os.path.dirname(source), row["file_name"]))
-            matches = by_form.get(unicodedata.normalize("NFC", name), [])
-            if name in exact:
-                rows[name] = (source, row)
-            for match in matches:
-                loose.setdefault(match, (source, row))
-            if not matches:
-                reason = f"names {row['file_name']}, which is not among the pictures"
-                problems.append(Problem(f"{source}:{number}", "caption", reason))
-    return loose | rows, problems
-
-
-def _json_object(text: str) -> Mapping[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _captions(images: Path, file: str, folder: _Folder, row: tuple[str, Mapping[str, Any]] | None) -> Item | Problem:
-    stem, here = os.path.splitext(os.path.basename(file))[0], os.path.dirname(file)
-
-    def beside(suffix: str) -> str | None:
-        name = folder.find(stem + suffix)
-        return None if name is None else (f"{here}/{name}" if here else name)
-
-    json_file, value, origin = beside(".json"), None, None
-    record: Mapping[str, Any] | None = None
-    if json_file is not None:
-        text = read_text(images / json_file)
-        record = None if isinstance(text, Problem) else _json_object(text)
-        if record is None and row is None and beside(".txt") is None:
-            reason = text.reason if isinstance(text, Problem) else "not a JSON object"
-            return Problem(_id(file), "caption", f"{json_file}: {reason}")
-    if row is not None:
-        origin, value = row[0], row[1].get("text", row[1].get("caption"))
-    elif record is not None and ("caption" in record or "text" in record):
-        origin, value = json_file, record.get("caption", record.get("text"))
-    elif (text_file := beside(".txt")) is not None:
-        origin, value = text_file, read_text(images / text_file)
-        if isinstance(value, Problem):
-            return Problem(_id(file), "caption", f"{text_file}: {value.reason}")
-    else:
-        return Problem(_id(file), "caption", NO_CAPTION)
-    captions = _clean(value)
-    if isinstance(captions, str):
-        return Problem(_id(file), "caption", f"{origin}: {captions}")
-    vector = beside(".dino.npy") or (json_file if record is not None and "dino" in record else None)
-    flipped = beside(".dino_flip.npy")
-    return Item(
-        id=_id(file),
-        path=images / file,
-        captions=captions,
-        vision=None if vector is None else images / vector,
-        vision_flip=None if flipped is None else images / flipped,
-    )
-
-
-def _clean(value: Any) -> tuple[str, ...] | str:
-    """Stripped captions, or the reason why there is none."""
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in values):
-        return "the caption is not text"
-    try:
-        stripped = tuple(text.strip() for text in values if text.encode("utf-8").strip())
-    except UnicodeEncodeError:
-        return "the caption holds half a character (a lone surrogate)"
-    captions = tuple(text for text in stripped if text)
-    return captions or "the caption is empty"
-
-
-def read_text(path: Path) -> str | Problem:
-    """A text file in UTF-8 with or without byte-order mark, or in UTF-16 with one."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        return Problem(path.name, "caption", f"cannot be read ({error.strerror})")
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        text = data.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        reason = f"not UTF-16 (byte {error.start})" if utf16 else f"not UTF-8 (byte {error.start})"
-        return Problem(path.name, "caption", reason)
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    if found.problems:
+        first, count = found.problems[0], len(found.problems)
+        raise InputError(
+            f"{found.images}: every input was refused ({count} of {count}), the first one {first.file}: {first.reason}."
+        )
+    if found.others:
+        kinds = ", ".join(
+            f"{count} .{suffix}" if suffix else f"{count} without suffix" for suffix, count in found.others.items()
+        )
+        raise InputError(
+            f"{found.images}: none of its files is a picture ({kinds}); set config.images to another folder."
+        )
+    raise InputError(f"{found.images}: the folder is empty: it holds no picture; set config.images to another one.")
