@@ -1,26 +1,43 @@
 """The HTML page about an encoded data set: what went in, what came out, and what it looks like when decoded again.
 
-One file without scripts or network, light or dark as the reader's machine is. All text of the user's is escaped. The same
-data set gives the same bytes.
+One file without scripts or network (page.py has its pieces, charts.py its drawings, facts.py its numbers). No file of the
+user's is decoded here: pictures come as thumbnails out of the run's worker processes. But for how long the run took, the
+same data set gives the same bytes.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from encode import buckets, captions, images, records
+from encode import buckets, captions, charts, facts, readback
+from encode.leg import span
+from encode.page import (
+    LISTED,
+    changes,
+    fold,
+    items,
+    many,
+    more,
+    number,
+    own,
+    percent,
+    picture,
+    section,
+    size,
+    table,
+    text,
+    tiles,
+    whole,
+)
 
-SAMPLES = 12
-LISTED = 200  # lines of a long list that the page shows; quarantine.jsonl has all
-THUMBNAIL = 192  # pixels
+REFUSED, REFUSED_EACH, REFUSED_SIDE = 48, 8, 144  # thumbnails of refused pictures: in all, a reason, pixels
+WORST = 8
+COPIES = 24  # duplicates shown as pictures
+QUARANTINE = "quarantine.jsonl"
 
 
 def build(
@@ -36,277 +53,317 @@ def build(
       refused: source.Problem of every input not encoded.
       datasets: {resolution: content of dataset.json}.
     """
-    largest = max(datasets)
-    rows = [row for part in parts for row in part["records"]]
-    sizes = {name: (width, height) for job in jobs for name, width, height in job.entries}
-    places = {row[0]: job.shape for job, part in zip(jobs, parts) for row in part["records"]}
-    stretch = {name: buckets.assign(sizes[name][0] / sizes[name][1], [shape])[1] for name, shape in places.items()}
-    small = [name for name, shape in places.items() if _is_upscaled(sizes[name], context, shape, largest)]
-    copies = _duplicates(rows)
+    found = facts.pictures(jobs, parts, context.config.max_distortion)
+    sizes = sorted(datasets)
+    texts = {row.name: plan["inputs"][row.name] for row in found}
     truncated = [name for part in parts for name in part["truncated"]]
-    swaps = _swap_decisions([plan["inputs"][row[0]] for row in rows])
-    tiles = [
-        (len(rows), "pictures encoded"),
-        (len(refused), "inputs refused"),
-        (len(datasets[largest]["buckets"]), "buckets"),
-        (f"{(max(stretch.values()) - 1) * 100:.1f}%", "largest stretch"),
-        (len(small), f"smaller than their bucket at {largest}"),
-        (len(truncated), "captions cut"),
-        (sum(len(group) - 1 for group in copies), "exact duplicates"),
-        (len(swaps["in doubt: never flipped"]), "never flipped"),
+    copies = facts.duplicates(found)
+    off = [row.name for row in found if not context.config.flip or not context.items[row.name].flip]
+    swaps = facts.swap_decisions(texts, off)
+    title = _title({one: datasets[one]["count"] for one in sizes})
+    body = [
+        f"<h1>{text(title)}</h1>",
+        _account(facts.account(texts, refused, context.others)),
+        tiles(_headline(found, truncated, copies, swaps, context.legs)),
+        section("What the model will see", readback.samples(context, jobs, parts, min(sizes)), SAMPLES_NOTE, wide=True),
+        section("Left out", _refused(context, refused), REFUSED_NOTE) if refused else "",
+        section("Sizes and buckets", _buckets(context, found, sizes), BUCKETS_NOTE, wide=True),
+        section("Stretch", _stretch(context, found, max(sizes)), STRETCH_NOTE),
+        section("Resolutions", _resolutions(context, found, datasets), RESOLUTIONS_NOTE),
+        section("Caption lengths", _lengths(context, found, texts, truncated), LENGTHS_NOTE),
+        section("Left and right", _swaps(swaps, texts, context.config.seed), SWAP_NOTE),
+        section("Latent channels", readback.channels(context, jobs, parts, datasets), LATENT_NOTE),
+        section("Exact duplicates", _duplicates(context, copies), DUPLICATES_NOTE),
+        section("Other files", _others(context.others), OTHERS_NOTE) if context.others else "",
+        section("Time", _time(context.legs), TIME_NOTE) if _busy(context.legs) else "",
+        section("Encoders", _encoders(datasets[max(sizes)])),
     ]
-    sections = [
-        _tiles(tiles),
-        _section("What the model will see", _samples(context, jobs, parts, datasets), SAMPLES_NOTE),
-        _section("Buckets", _buckets(context, places, stretch, sorted(datasets))),
-        _section("Stretch", _bars(_stretch_classes(stretch.values()), "pictures"), STRETCH_NOTE),
-        _section(
-            "Caption lengths in tokens", _bars(_length_classes(row[2] for row in rows), "captions") + _cut(truncated)
-        ),
-        _section("Left and right", _swaps(swaps), SWAP_NOTE),
-        _section("Latent channels", "".join(_channels(size, datasets[size]) for size in sorted(datasets)), LATENT_NOTE),
-        _section("Exact duplicates", _list([" = ".join(group) for group in copies]) if copies else "<p>None.</p>"),
-        _section("Refused", _refused(refused)),
-        _section("Encoders", _encoders(datasets[largest])),
-    ]
-    title = f"{len(rows)} pictures at {', '.join(str(size) for size in sorted(datasets))}"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{CSS}</style></head><body><main><h1>{title}</h1>{''.join(sections)}</main></body></html>\n"
-    )
+    return whole(title, "".join(body))
 
 
 SAMPLES_NOTE = (
-    "The original with its name; its latent decoded again, with the caption; the latent of its mirror image decoded, with "
-    "the swapped caption. Drawn at random by config.seed."
+    "Drawn at random by config.seed: the original, its latent decoded again, and the latent of its mirror "
+    "image decoded, with the caption that belongs to each. Words that the mirror changes are marked."
+)
+REFUSED_NOTE = f"Every input that was not encoded, with its reason, stands in {QUARANTINE} beside this page."
+BUCKETS_NOTE = (
+    "Each dot is a size, as large as it is frequent. A diagonal is one shape: the lines are the buckets, the bands are what "
+    "goes into each. Dashed: as many pixels as a resolution has; a picture to the lower left of it is enlarged, or left out."
 )
 STRETCH_NOTE = (
-    "Nothing is cropped; a picture is stretched to its bucket's shape, one side against the other by this much."
+    "Nothing is cropped. A picture is stretched to its bucket's shape, one side against the other by this much."
 )
-SWAP_NOTE = "Half of the samples are shown mirrored in training, with the swapped caption; those in doubt never are."
-LATENT_NOTE = "Mean (line) and one standard deviation (bar) of each channel, as stored; training normalises with these."
+RESOLUTIONS_NOTE = (
+    "A picture too small for a resolution is left out there. One with fewer pixels than its bucket is enlarged."
+)
+LENGTHS_NOTE = "In tokens of the text encoder. What is longer than its limit is cut, and the model never sees the rest."
+SWAP_NOTE = (
+    "Half of the samples are shown mirrored in training, with left and right exchanged in the caption. Where a word could "
+    "mean something else, or the picture may show writing, the sample is never mirrored."
+)
+LATENT_NOTE = (
+    "Each channel in units of its deviation: the line is the mean, the shade one deviation, the curve a normal distribution of "
+    "the two. Training normalises with these numbers. A normal distribution has 0.3% beyond three deviations."
+)
+DUPLICATES_NOTE = (
+    "Pictures whose pixels are the same, whatever the file. They are never split over training and held-out."
+)
+OTHERS_NOTE = "Neither pictures nor captions, by suffix; they were not looked at."
+TIME_NOTE = (
+    "Where the encoders wait much, reading and decoding the pictures is what limits: more processor cores would help, a "
+    "faster graphics card would not."
+)
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    return f"<section><h2>{_text(title)}</h2>{f'<p class=note>{_text(note)}</p>' if note else ''}{body}</section>"
-
-
-def _tiles(tiles: Iterable[tuple[Any, str]]) -> str:
-    inner = "".join(f"<div><b>{_text(number)}</b><span>{_text(name)}</span></div>" for number, name in tiles)
-    return f'<div class="tiles">{inner}</div>'
-
-
-def _list(lines: Sequence[str]) -> str:
-    more = f"<p class=note>and {len(lines) - LISTED} more</p>" if len(lines) > LISTED else ""
-    return "<ul>" + "".join(f"<li><bdi>{_text(line)}</bdi></li>" for line in lines[:LISTED]) + f"</ul>{more}"
-
-
-def _bars(classes: Sequence[tuple[str, int]], unit: str) -> str:
-    """Horizontal bars with their numbers."""
-    most = max((count for _, count in classes), default=1) or 1
-    rows = [
-        f'<tr><th scope="row">{_text(name)}</th><td><svg viewBox="0 0 100 8" preserveAspectRatio="none" role="img" '
-        f'aria-label="{count} {unit}"><rect width="{100 * count / most:.2f}" height="8" class="bar"/></svg></td>'
-        f"<td class=number>{count}</td></tr>"
-        for name, count in classes
+def _title(counts: Mapping[int, int]) -> str:
+    """202 pictures at 256 and 512, 168 at 1024."""
+    sizes = {count: [str(one) for one in counts if counts[one] == count] for count in counts.values()}
+    words = [
+        f"{number(count)} at {' and '.join(filter(None, (', '.join(alike[:-1]), alike[-1])))}"
+        for count, alike in sizes.items()
     ]
-    return f'<table class="bars">{"".join(rows)}</table>'
+    first = "picture" if next(iter(sizes)) == 1 else "pictures"
+    return ", ".join([words[0].replace(" at", f" {first} at", 1), *words[1:]])
 
 
-def _is_upscaled(size: tuple[int, int], context: Any, shape: tuple[int, int], resolution: int) -> bool:
-    width, height = buckets.pixels(shape, context.cells, resolution)
-    return size[0] * size[1] < width * height
+def _account(sums: facts.Account) -> str:
+    """Every file in one equation, and as one bar."""
+    kinds = [("encoded", sums.encoded, "bar"), ("refused", sums.refused, "rust")]
+    kinds += [("other" if sums.others == 1 else "others", sums.others, "grey")] if sums.others else []
+    words = [f'<span><u class="{kind}"></u><b>{number(count)}</b> {name}</span>' for name, count, kind in kinds]
+    total = f"<b>{number(sums.files)}</b> {'file' if sums.files == 1 else 'files'}"
+    words_below = "Captions that belong to a picture are not counted."
+    words_below += f" {many(sums.lines, 'line')} of caption lists could not be used." if sums.lines else ""
+    equation = f'<p class="sum">{total}<i>=</i>{"<i>+</i>".join(words)}</p>'
+    return f'{equation}{charts.strip(kinds)}<p class="soft">{words_below}</p>'
 
 
-def _duplicates(rows: Sequence[Sequence]) -> list[list[str]]:
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name, pixel_hash, *_ in rows:
-        groups[pixel_hash].append(name)
-    return sorted(sorted(group) for group in groups.values() if len(group) > 1)
+def _headline(found, truncated, copies, swaps, legs) -> list[tuple[Any, str]]:
+    pairs = [
+        (number(len({row.shape for row in found})), "buckets"),
+        (percent(max(row.stretch for row in found) - 1), "largest stretch"),
+        (number(sum(row.padded for row in found)), "padded instead"),
+        (number(len(truncated)), "captions cut"),
+        (number(len(swaps[facts.DOUBT])), "in doubt, never flipped"),
+        (number(sum(len(group) - 1 for group in copies)), "exact duplicates"),
+    ]
+    if legs := _busy(legs):
+        seconds = sum(leg["seconds"] for leg in legs)
+        pairs.append((f"{sum(leg['pictures'] for leg in legs) / seconds:.1f}", "pictures a second"))
+        pairs.append((percent(sum(leg["waited"] for leg in legs) / seconds), "of the time the encoders waited"))
+    return pairs
 
 
-def _swap_decisions(texts: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    kinds: dict[str, list[tuple[str, str]]] = {
-        "sides swapped": [],
-        "left or right in another sense: kept": [],
-        "in doubt: never flipped": [],
-        "no left or right": [],
-    }
-    for text in texts:
-        swapped = captions.swap(text)
-        if swapped is None:
-            kinds["in doubt: never flipped"].append((text, ""))
-        elif swapped != text:
-            kinds["sides swapped"].append((text, swapped))
-        elif captions.senses(text):
-            kinds["left or right in another sense: kept"].append((text, ""))
-        else:
-            kinds["no left or right"].append((text, ""))
-    return kinds
+def _busy(legs: Sequence[Mapping]) -> list[Mapping]:
+    return [leg for leg in legs if leg["pictures"] and leg["seconds"] > 0]
 
 
-def _swaps(kinds: Mapping[str, Sequence[tuple[str, str]]]) -> str:
-    parts = [_bars([(name, len(found)) for name, found in kinds.items()], "captions")]
-    for name, found in list(kinds.items())[:3]:
-        if found:
-            lines = [f"{old}  →  {new}" if new else old for old, new in sorted(set(found))[:8]]
-            parts.append(f"<h3>{_text(name)}</h3>{_list(lines)}")
+def _refused(context: Any, refused: Sequence) -> str:
+    """By reason: some as pictures, more as a list, the rest as a number."""
+    groups = facts.reasons(refused)
+    bars = [
+        [text(stage), text(kind), charts.bar(len(rows) / len(groups[0][2]), "rust"), number(len(rows))]
+        for stage, kind, rows in groups
+    ]
+    parts, left = [f'<div class="bars">{table(("stage", "reason", "", "inputs"), bars, numbers=[3])}</div>'], REFUSED
+    for stage, kind, rows in groups:
+        details = {facts.bare(row.reason) for row in rows}
+        common = details.pop() if len(details) == 1 else ""
+        tag = f" <small>{text(stage)}</small>" if stage != kind else ""
+        parts.append(f'<h3 class="reason">{text(kind)}{tag}</h3>')
+        parts.append(f'<p class="soft">{own(common)}</p>' if common not in ("", kind) else "")
+        shown = [row for row in rows if not facts.is_text(row.file)][: min(REFUSED_EACH, left)]
+        left -= len(shown)
+        thumbnails = context.thumbnails([context.folder / row.file for row in shown], REFUSED_SIDE) if shown else []
+        figures = "".join(
+            f"<figure>{picture(jpeg)}<figcaption>{_problem(row, not common)}</figcaption></figure>"
+            for row, jpeg in zip(shown, thumbnails)
+        )
+        parts.append(f'<div class="cards">{figures}</div>' if shown else "")
+        others = items([_problem(row, not common) for row in rows if row not in shown], QUARANTINE)
+        count = len(rows) - len(shown)
+        parts.append((fold(f"{count:,} more", others) if shown else others) if count else "")
     return "".join(parts)
 
 
-def _stretch_classes(values: Iterable[float]) -> list[tuple[str, int]]:
-    edges = (0.001, 0.02, 0.05, 0.1, 0.2, math.inf)
-    names = ("none", "up to 2%", "up to 5%", "up to 10%", "up to 20%", "more")
-    counts = Counter(next(place for place, edge in enumerate(edges) if value - 1 <= edge) for value in values)
-    return [(name, counts[place]) for place, name in enumerate(names)]
+def _problem(row: Any, detailed: bool) -> str:
+    return own(row.file) + (f'<br><span class="soft">{own(facts.bare(row.reason))}</span>' if detailed else "")
 
 
-def _length_classes(lengths: Iterable[int]) -> list[tuple[str, int]]:
-    lengths = list(lengths)
-    width = max(1, math.ceil(max(lengths) / 12))
-    counts = Counter((length - 1) // width for length in lengths)
-    first, last = min(counts), max(counts)
-    names = [
-        f"{place * width + 1}-{(place + 1) * width}" if width > 1 else f"{place + 1}"
-        for place in range(first, last + 1)
-    ]
-    return [(name, counts[place]) for name, place in zip(names, range(first, last + 1))]
+def _bucket(context: Any, shape: tuple[int, int], resolution: int) -> str:
+    return size(*buckets.pixels(shape, context.cells, resolution))
 
 
-def _cut(truncated: Sequence[str]) -> str:
-    return (
-        f"<h3>Cut to the limit</h3>{_list(truncated)}" if truncated else "<p>No caption was longer than the limit.</p>"
-    )
-
-
-def _buckets(context: Any, places: Mapping[str, Any], stretch: Mapping[str, float], resolutions: Sequence[int]) -> str:
-    counts = Counter(places.values())
-    worst = {shape: max(stretch[name] for name, place in places.items() if place == shape) for shape in counts}
-    most = max(counts.values())
+def _buckets(context: Any, found: Sequence[facts.Picture], sizes: Sequence[int]) -> str:
+    largest, groups = max(sizes), {}
+    for row in found:
+        groups.setdefault(row.shape, []).append(row)
+    order = sorted(groups, key=lambda shape: shape[0] / shape[1])
+    names = {shape: _bucket(context, shape, largest) for shape in order}
+    most = max(map(len, groups.values()))
     rows = []
-    for shape in sorted(counts, key=lambda shape: shape[0] / shape[1]):
-        width, height = 40 * math.sqrt(shape[0] / shape[1]), 40 * math.sqrt(shape[1] / shape[0])
-        icon = f'<rect x="{(84 - width) / 2:.1f}" y="{(84 - height) / 2:.1f}" width="{width:.1f}" height="{height:.1f}" rx="2"/>'
-        bar = f'<rect width="{100 * counts[shape] / most:.2f}" height="8" class="bar"/>'
-        names = ", ".join(context.bucket(shape, size) for size in resolutions)
+    for shape in order:
+        members = groups[shape]
         rows.append(
-            f'<tr><td class="icon"><svg viewBox="0 0 84 84" class="shape">{icon}</svg></td><th scope="row">{names}</th>'
-            f'<td><svg viewBox="0 0 100 8" preserveAspectRatio="none">{bar}</svg></td><td class=number>{counts[shape]}</td>'
-            f"<td class=number>{(worst[shape] - 1) * 100:.1f}%</td></tr>"
+            [
+                charts.shape(shape),
+                names[shape],
+                charts.bar(len(members) / most),
+                number(len(members)),
+                percent(max(row.stretch for row in members) - 1),
+            ]
         )
-    head = "<tr><td></td><th>width x height</th><th></th><th class=number>pictures</th><th class=number>largest stretch</th></tr>"
-    return f'<table class="bars">{head}{"".join(rows)}</table>'
+    head = ("", f"bucket at {largest}", "", "pictures", "largest stretch")
+    drawing = charts.plane(
+        facts.dots(row.size for row in found),
+        [(names[shape], shape[0] / shape[1]) for shape in order],
+        sizes,
+        context.config.max_distortion,
+    )
+    return f'<div class="pair"><div>{drawing}</div><div class="bars">{table(head, rows, numbers=[3, 4])}</div></div>'
 
 
-def _channels(resolution: int, dataset: Mapping[str, Any]) -> str:
-    mean, std = dataset["latent_mean"], dataset["latent_std"]
-    reach = max(abs(centre) + spread for centre, spread in zip(mean, std)) * 1.05
-    step = 640 / len(mean)
-    marks = []
-    for channel, (centre, spread) in enumerate(zip(mean, std)):
-        x, scale = channel * step + step * 0.2, 80 / reach
-        top, middle, height = 90 - (centre + spread) * scale, 90 - centre * scale, 2 * spread * scale
-        marks.append(
-            f'<g><title>channel {channel}: mean {centre:.4f}, deviation {spread:.4f}</title><rect x="{x:.1f}" y="{top:.1f}" '
-            f'width="{step * 0.6:.1f}" height="{height:.1f}" class="bar"/><line x1="{x:.1f}" x2="{x + step * 0.6:.1f}" '
-            f'y1="{middle:.1f}" y2="{middle:.1f}" class="mean"/></g>'
-        )
-    axis = '<line x1="0" x2="640" y1="90" y2="90" class="axis"/>'
-    axis += f'<text x="2" y="12">+{reach:.2f}</text><text x="2" y="178">-{reach:.2f}</text>'
-    return f'<h3>{resolution}</h3><svg viewBox="0 0 640 180" class="wide" role="img">{axis}{"".join(marks)}</svg>'
-
-
-def _samples(context: Any, jobs: Sequence, parts: Sequence[Mapping], datasets: Mapping) -> str:
-    """Pictures drawn by (seed, id), decoded from the smallest resolution."""
-    resolution, seed = min(datasets), context.config.seed
-    where: dict[str, tuple[str, int]] = {}
-    counted: Counter = Counter()
-    for job, part in zip(jobs, parts):
-        name = context.bucket(job.shape, resolution)
-        for row in part["records"]:
-            where[row[0]] = (name, counted[name])
-            counted[name] += 1
-    drawn = sorted(where, key=lambda name: hashlib.sha256(f"sample:{seed}:{name}".encode()).digest())[:SAMPLES]
-    sources = {name: records.open_bucket(context.root(resolution), name) for name in {where[key][0] for key in drawn}}
-    cards = []
-    for key in drawn:
-        name, place = where[key]
-        record = sources[name][place]
-        latents = np.stack([record["latent"], record["latent_flip"]]).astype(np.float32)
-        decoded, mirrored = context.encoders.vae.decode(latents)
-        caption, flip = (_decoded(record[field]) for field in ("caption", "caption_flip"))
-        flipped = (
-            _figure(mirrored, flip) if flip else '<figure class="none"><figcaption>never flipped</figcaption></figure>'
-        )
-        original = images.resize(
-            images.decode(context.items[key].path, context.config.max_pixels), *decoded.shape[1::-1]
-        )
-        cards.append(f'<div class="sample">{_figure(original, key)}{_figure(decoded, caption)}{flipped}</div>')
-    return f'<div class="samples">{"".join(cards)}</div>'
-
-
-def _decoded(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _figure(pixels: np.ndarray, caption: str) -> str:
-    data = base64.b64encode(images.thumbnail(pixels, THUMBNAIL)).decode()
-    words = f"<figcaption><bdi>{_text(caption)}</bdi></figcaption>"
-    return f'<figure><img alt="" src="data:image/jpeg;base64,{data}">{words}</figure>'
-
-
-def _refused(refused: Sequence) -> str:
-    if not refused:
-        return "<p>Nothing: every picture was encoded.</p>"
-    kinds = Counter(f"{row.stage}: {row.reason.split(':')[0]}" for row in refused).most_common(20)
+def _stretch(context: Any, found: Sequence[facts.Picture], largest: int) -> str:
+    values = [100 * (row.stretch - 1) for row in found]
+    median, high, worst = facts.spread(values)
+    end = max(worst, 1.0) * 1.0001
+    marks = [(median, f"median {median:.1f}%"), (high, f"95% below {high:.1f}%"), (worst, f"largest {worst:.1f}%")]
+    drawing = charts.columns(facts.classes(values, 0, end, 46).tolist(), (0, end), "picture", marks, suffix="%")
+    ranked = sorted((row for row in found if row.stretch > 1.0005), key=lambda row: (-row.stretch, row.name))[:WORST]
     rows = [
-        f"<tr><td><bdi>{_text(row.file)}</bdi></td><td>{_text(row.stage)}</td><td><bdi>{_text(row.reason)}</bdi></td></tr>"
-        for row in refused[:LISTED]
+        [
+            charts.overlay(row.size, row.shape),
+            own(row.name),
+            size(*row.size),
+            _bucket(context, row.shape, largest),
+            percent(row.stretch - 1),
+        ]
+        for row in ranked
     ]
-    more = f"<p class=note>and {len(refused) - LISTED} more in quarantine.jsonl</p>" if len(refused) > LISTED else ""
-    table = f'<div class="scroll"><table><tr><th>file</th><th>stage</th><th>reason</th></tr>{"".join(rows)}</table></div>{more}'
-    return _bars(kinds, "inputs") + table
+    head = ("", "stretched most", "size", f"bucket at {largest}", "stretch")
+    listed = table(head, rows, numbers=[2, 3, 4]) if rows else "<p>No picture is stretched.</p>"
+    padded = [own(row.name) for row in found if row.padded]
+    extra = (
+        f"<h3>Padded instead of stretched: {number(len(padded))}</h3>{fold('names', items(padded))}" if padded else ""
+    )
+    return f'{drawing}<div class="bars worst">{listed}</div>{extra}'
+
+
+def _resolutions(context: Any, found: Sequence[facts.Picture], datasets: Mapping) -> str:
+    rows, lists = [], []
+    for one in sorted(datasets):
+        written = [row for row in found if one in row.resolutions]
+        left = [own(row.name) for row in found if one not in row.resolutions]
+        areas = {shape: np.prod(buckets.pixels(shape, context.cells, one)) for shape in {row.shape for row in written}}
+        enlarged = sum(row.size[0] * row.size[1] < areas[row.shape] for row in written)
+        rows.append(
+            [
+                f"<b>{one}</b>",
+                *map(number, (len(written), len(left), enlarged)),
+                number(datasets[one]["latent_count"]),
+            ]
+        )
+        if left:
+            lists.append(fold(f"{many(len(left), 'picture')} left out at {one}", items(left)))
+    head = ("resolution", "pictures", "left out, too small", "enlarged", "latent positions")
+    return table(head, rows, numbers=[1, 2, 3, 4]) + "".join(lists)
+
+
+def _lengths(context: Any, found: Sequence, texts: Mapping[str, str], truncated: Sequence[str]) -> str:
+    lengths, limit = [row.tokens for row in found], context.encoders.text.max_tokens
+    counts, width = facts.token_classes(lengths)
+    median, high, longest = facts.spread(lengths)
+    titles = [f"{place * width + 1} to {(place + 1) * width} tokens: {count:,}" for place, count in enumerate(counts)]
+    marks = [(median, f"median {median:.0f}"), (high, f"95% below {high:.0f}"), (longest, f"longest {longest:.0f}")]
+    ends = (0.5, len(counts) * width + 0.5)
+    drawing = charts.columns(counts.tolist(), ends, "caption", marks, titles)
+    if not truncated:
+        return f"{drawing}<p>No caption was longer than the limit of {number(limit)} tokens.</p>"
+    count = context.encoders.text.count_tokens
+    lines = [
+        f'{own(name)} <span class="soft">{many(count(texts[name]), "token")}</span>' for name in truncated[:LISTED]
+    ]
+    lines += [""] * (len(truncated) - len(lines))
+    summary = f"<p>{many(len(truncated), 'caption')} longer than the limit of {number(limit)} tokens.</p>"
+    return f"{drawing}{summary}<h3>Cut to the limit</h3>{items(lines)}"
+
+
+def _swaps(kinds: Mapping[str, Sequence[str]], texts: Mapping[str, str], seed: int) -> str:
+    colours = {facts.SWAPPED: "bar", facts.KEPT: "pale", facts.PLAIN: "grey", facts.DOUBT: "rust", facts.OFF: "mark"}
+    shown = [(name, len(found), colours[name]) for name, found in kinds.items() if found or name != facts.OFF]
+    parts = [charts.strip(shown), charts.legend(shown)]
+    for kind in (facts.SWAPPED, facts.KEPT, facts.DOUBT):
+        unique = {texts[name] for name in kinds[kind]}
+        lines = [_example(value, kind) for value in facts.drawn(unique, seed, 6, "swap")]
+        if lines:
+            rest = more(len(unique) - len(lines), what=" such captions")
+            parts.append(f'<h3>{text(kind)}</h3><div class="examples">{items(lines)}</div>{rest}')
+    return "".join(parts)
+
+
+def _example(caption: str, kind: str) -> str:
+    if kind == facts.SWAPPED:
+        old, new = changes(caption, captions.swap(caption))
+        return f"<bdi>{old}</bdi><br><bdi>{new}</bdi>"
+    parts, place = [], 0
+    for word, sense in captions.senses(caption):
+        start = re.compile(rf"(?<![^\W\d_]){re.escape(word)}(?![^\W\d_])").search(caption, place).start()
+        style = "doubt" if sense is captions.Sense.DOUBT else "kept"
+        parts.append(f'{text(caption[place:start])}<mark class="{style}">{text(word)}</mark>')
+        place = start + len(word)
+    return f"<bdi>{''.join(parts)}{text(caption[place:])}</bdi>"
+
+
+def _duplicates(context: Any, copies: Sequence[Sequence[str]]) -> str:
+    if not copies:
+        return "<p>None.</p>"
+    thumbnails = context.thumbnails([context.items[group[0]].path for group in copies[:COPIES]], REFUSED_SIDE)
+    lines = [own(" = ".join(group)) for group in copies]
+    lines = [f"{picture(jpeg)}{line}" for jpeg, line in zip(thumbnails, lines)] + lines[len(thumbnails) :]
+    count = sum(len(group) - 1 for group in copies)
+    return f"<p>{many(count, 'picture')} too many, in {many(len(copies), 'group')}.</p>{items(lines)}"
+
+
+def _others(others: Mapping[str, int]) -> str:
+    order = sorted(others.items(), key=lambda pair: (-pair[1], pair[0]))
+    rows = [
+        [own(name or "no suffix"), charts.bar(count / order[0][1], "grey"), number(count)] for name, count in order[:20]
+    ]
+    return f'<div class="bars">{table(("suffix", "", "files"), rows, numbers=[2])}</div>{more(len(order) - 20)}'
+
+
+def _time(legs: Sequence[Mapping]) -> str:
+    legs = _busy(legs)
+    pictures, seconds, waited = (sum(leg[name] for leg in legs) for name in ("pictures", "seconds", "waited"))
+    words = (
+        f"<p>{many(pictures, 'picture')} in {span(seconds)}, {pictures / seconds:.1f} a second; the encoders waited for pictures "
+        f"{percent(waited / seconds)} of the time.</p>"
+    )
+    shares = [("encoding", 1 - waited / seconds, "bar"), ("waiting for pictures", waited / seconds, "rust")]
+    parts = charts.strip(shares) + charts.legend(shares)
+    rows = [
+        [
+            number(leg["pictures"]),
+            span(leg["seconds"]),
+            f"{leg['pictures'] / leg['seconds']:.1f}",
+            charts.bar(leg["waited"] / leg["seconds"], "rust"),
+            percent(leg["waited"] / leg["seconds"]),
+        ]
+        for leg in legs
+    ]
+    head = ("pictures", "time", "pictures a second", "", "waited")
+    listed = f'<div class="bars">{table(head, rows[-LISTED:], numbers=[0, 1, 2, 4])}</div>'
+    last = (
+        f"The last {LISTED} of {len(rows):,} parts" if len(rows) > LISTED else f"{many(len(rows), 'part')} of the run"
+    )
+    return words + parts + (fold(last, listed) if len(rows) > 1 else "")
 
 
 def _encoders(dataset: Mapping[str, Any]) -> str:
-    rows = [
-        f'<tr><th scope="row">{_text(part)}</th><td>{_text(value)}</td></tr>'
-        for part, value in dataset["fingerprint"].items()
-    ]
-    return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
+    return table(("", ""), [[text(part), _fields(value)] for part, value in dataset["fingerprint"].items()])
 
 
-CSS = """
-:root{color-scheme:light dark;--paper:#fbfaf7;--ink:#23211d;--soft:#6f6a60;--line:#e2ddd2;--card:#fff;--bar:#3f7d8c;
---mean:#c2562d}
-@media(prefers-color-scheme:dark){:root{--paper:#171817;--ink:#e9e6df;--soft:#9d978b;--line:#34352f;--card:#20211f;
---bar:#5fa7b6;--mean:#f0936b}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:2rem 1.2rem 5rem}h1{font-size:1.9rem;letter-spacing:-.02em;
-margin:.5rem 0 1.4rem}
-h2{font-size:1.2rem;margin:2.6rem 0 .5rem}h3{font-size:.95rem;color:var(--soft);margin:1.2rem 0 .3rem}
-.note{color:var(--soft);margin:.2rem 0 .9rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));gap:.7rem}
-.tiles div{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem .9rem}
-.tiles b{display:block;font-size:1.5rem;font-variant-numeric:tabular-nums}.tiles span{color:var(--soft);
-font-size:.82rem;line-height:1.25;display:block}
-.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr));gap:1rem}
-.sample{display:grid;grid-template-columns:repeat(3,1fr);gap:.6rem;background:var(--card);
-border:1px solid var(--line);border-radius:12px;padding:.7rem}
-figure{margin:0;min-width:0}img{width:100%;display:block;border-radius:6px}figcaption{font-size:.78rem;
-line-height:1.35;color:var(--soft);margin-top:.35rem;overflow-wrap:anywhere}
-.none{border:1px dashed var(--line);border-radius:6px;display:grid;place-items:center}
-table{border-collapse:collapse;width:100%;font-size:.9rem}th{text-align:left;font-weight:500}
-td,th{padding:.28rem .5rem;border-bottom:1px solid var(--line);vertical-align:middle;overflow-wrap:anywhere}
-.bars th{width:36%}.bars td svg{width:100%;height:10px;display:block}.number{text-align:right;
-font-variant-numeric:tabular-nums;white-space:nowrap;width:6rem}
-td.icon{width:56px}.bars svg.shape{width:40px;height:40px}.shape rect{fill:none;stroke:var(--bar);stroke-width:4}
-.bar{fill:var(--bar)}.mean{stroke:var(--mean);stroke-width:2.5}.axis{stroke:var(--soft);stroke-width:.7}
-svg text{fill:var(--soft);font-size:11px}
-.wide{width:100%;height:auto}.scroll{overflow-x:auto;max-height:28rem}ul{padding-left:1.1rem;margin:.3rem 0}
-li{margin:.15rem 0;overflow-wrap:anywhere}
-"""
+def _fields(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return own(value)
+    return "<br>".join(f'<span class="soft">{text(name)}</span> {_fields(inner)}' for name, inner in value.items())

@@ -1,22 +1,32 @@
-"""The page about an encoded data set: complete, safe, and one file."""
+"""The page about an encoded data set: complete, safe, one file, small, and its numbers are those of the records."""
 
+import math
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
-from encode import pipeline
+from encode import charts, facts, page, pipeline, readback, records, report
+from encode.source import Problem
 from tests.encode import fakes
 
 EVIL = '<img src=x onerror=alert(1)> & "q" \u202eleft'
-VOID = {"meta", "img", "rect", "line"}
+VOID = {"meta", "img", "br"}
+HOSTILE = 'a<b>&"c"\u202egnp.\n.png'
 
 
 class _Balanced(HTMLParser):
-    def __init__(self):
+    """The tags, what each encloses as text, and every attribute; closes must match."""
+
+    def __init__(self, html):
         super().__init__()
-        self.open, self.tags = [], []
+        self.open, self.tags, self.words, self.isolated = [], [], [], []
+        self.feed(html)
+        self.close()
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -29,53 +39,307 @@ class _Balanced(HTMLParser):
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+        if "bdi" in self.open:
+            self.isolated.append(data)
+
+
+def _words(html):
+    """What a reader sees, one space between words."""
+    return re.sub(r"[ \u00a0\n]+", " ", "".join(_Balanced(html).words))
+
+
+def _part(html, title):
+    """One section of the page."""
+    return re.search(rf"<section[^>]*><header><h2>{title}</h2>.*?</section>", html, re.DOTALL).group()
+
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    images = fakes.photographs(tmp_path_factory.mktemp("in"), 6)
-    Image.new("RGB", (90, 60), "red").save(images / "a<b>&.png")
-    (images / "a<b>&.txt").write_text(EVIL, encoding="utf-8")
-    (images / "kept.txt").write_text("cake left on a plate")
+def run(tmp_path_factory):
+    """(folder, out, page) of a small folder with one of everything."""
+    images = fakes.photographs(tmp_path_factory.mktemp("in"), 6)  # 3 shapes, sides named
+    Image.new("RGB", (90, 60), "red").save(images / HOSTILE)
+    (images / HOSTILE).with_suffix(".txt").write_text(EVIL, encoding="utf-8")
     Image.new("RGB", (90, 60), "blue").save(images / "kept.png")
+    (images / "kept.txt").write_text("cake left on a plate")
+    Image.new("RGB", (90, 60), "blue").save(images / "same.bmp")
+    (images / "same.txt").write_text("one two three four five six seven eight nine ten")
     (images / "<script>.png").write_bytes(b"nothing")
     (images / "<script>.txt").write_text("nothing")
+    Image.new("RGB", (640, 40), "green").save(images / "wide.png")  # refused, but it can be looked at
+    (images / "wide.txt").write_text("a panorama")
+    Image.new("RGB", (60, 60), "green").save(images / "mute.png")
+    (images / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
+    (images / "lonely.txt").write_text("a caption without its picture")
+    (images / "clip.srt").write_bytes(b"words")
+    (images / "scene").write_bytes(b"words")
     out = tmp_path_factory.mktemp("out") / "out"
-    pipeline.run(fakes.config(images, out, resolutions=(128, 256)), fakes.encoders())
-    return (out / "report.html").read_text(encoding="utf-8")
+    config = fakes.config(images, out, resolutions=(128, 256), max_distortion=1.3, max_upscale=4.0)
+    pipeline.run(config, fakes.encoders())
+    return images, out, (out / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_page_is_well_formed_and_needs_no_network(page):
-    parser = _Balanced()
-    parser.feed(page)
-    assert not parser.open
-    assert not {"script", "link", "iframe"} & {tag for tag, _ in parser.tags}
-    sources = [attributes["src"] for tag, attributes in parser.tags if tag == "img"]
+@pytest.fixture(scope="module")
+def html(run):
+    return run[2]
+
+
+def test_the_page_is_well_formed_and_needs_no_network_and_no_script(html):
+    found = _Balanced(html)
+    assert not found.open
+    assert not {"script", "link", "iframe", "object", "base", "form", "a"} & {tag for tag, _ in found.tags}
+    names = {name for _, attributes in found.tags for name in attributes}
+    assert not [name for name in names if name.startswith("on") or name in ("href", "xlink:href", "srcset", "action")]
+    sources = [attributes["src"] for tag, attributes in found.tags if tag == "img"]
     assert sources
     assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
-    assert not re.search(r"https?://|url\(", page)
-    assert "prefers-color-scheme:dark" in page
+    assert not re.search(r"https?:|//|url\(|@import", re.sub(r"base64,[^\"]*", "", html))
+    assert "prefers-color-scheme:dark" in html
+    assert 'name="viewport"' in html
 
 
-def test_what_users_wrote_is_shown_as_text(page):
-    assert "<img src=x" not in page
-    assert "&lt;img src=x onerror=alert(1)&gt; &amp; &quot;q&quot;" in page
-    assert "a&lt;b&gt;&amp;.png" in page
-    assert "&lt;script&gt;.png" in page
+def test_what_users_wrote_is_shown_as_text_and_keeps_to_its_place(html):
+    assert "<img src=x" not in html
+    assert "&lt;img src=x onerror=alert(1)&gt; &amp; &quot;q&quot; [U+202E]" in html
+    assert "&lt;script&gt;.png" in html
+    shown = 'a<b>&"c"[U+202E]gnp.␊.png'
+    isolated = "".join(_Balanced(html).isolated)
+    assert shown in isolated
+    assert "<script>.png" in isolated
+    assert "cake left on a plate" in isolated
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", html)
 
 
-def test_the_counts_are_right(page):
-    assert "<b>8</b><span>pictures encoded</span>" in page
-    assert "<b>1</b><span>inputs refused</span>" in page
-    assert "<b>0</b><span>exact duplicates</span>" in page
-    assert page.count('class="sample"') == 8
-    assert "left or right in another sense: kept" in page
-    assert "never flipped" in page
-    assert "dark on the left  →  picture 0, dark on the right" in page
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("a\x00b", "a␀b"),
+        ("a\r\nb", "a␍␊b"),
+        ("\u202egpj.exe", "[U+202E]gpj.exe"),
+        ("\u2067x\u2069", "[U+2067]x[U+2069]"),
+        ("\ud800", "[U+D800]"),
+        ("x\x85\ufeff\x7f", "x[U+0085][U+FEFF]␡"),
+        ("'\"<&>", "&#x27;&quot;&lt;&amp;&gt;"),
+        ("שלום مرحبا 猫 👩‍🚀", "שלום مرحبا 猫 👩‍🚀"),
+    ],
+)
+def test_text_is_shown_letter_by_letter(given, shown):
+    assert page.text(given) == shown
+    shown.encode("utf-8")
 
 
-def test_channels_are_drawn_at_each_resolution(page):
-    assert page.count("<title>channel 0: mean") == 2
-    assert page.count('class="wide"') == 2
+def test_every_file_is_accounted_for(run):
+    images, out, html = run
+    files = [path for path in images.iterdir() if path.suffix not in (".txt", ".jsonl")] + [images / "lonely.txt"]
+    encoded = records.load_dataset(out / "128")["count"]
+    others = 2
+    words = _words(html)
+    assert f"{len(files)} files={encoded} encoded+{len(files) - encoded - others} refused+{others} others" in words
+    assert encoded == 9
+    assert "1 line of caption lists could not be used." in words
+    assert "9 pictures at 128" in words
+
+
+def test_a_file_with_two_problems_counts_once_and_a_line_is_no_file():
+    rows = [
+        Problem(name, "caption", "x") for name in ("a.png", "a.png", "sub/metadata.jsonl:7", "metadata.jsonl", "b.png")
+    ]
+    found = facts.account(["b.png", "c.png"], rows, {"mov": 3, "": 1})
+    assert (found.files, found.encoded, found.refused, found.others, found.lines) == (7, 2, 1, 4, 2)
+
+
+def test_other_files_are_listed_by_suffix(html):
+    part = _part(html, "Other files")
+    rows = re.findall(r"<tr><td><bdi>(.*?)</bdi></td>.*?<td class=n>(\d+)</td></tr>", part)
+    assert rows == [("no suffix", "1"), ("srt", "1")]
+    assert "<bdi>x&lt;y</bdi>" in report._others({"x<y": 2})
+
+
+def test_refused_pictures_stand_by_reason_with_a_thumbnail_or_a_placeholder(html):
+    part = _part(html, "Left out")
+    blocks = re.split(r"<h3", part)[1:]
+    of = {
+        name: next(block for block in blocks if name in block)
+        for name in ("wide.png", "mute.png", "&lt;script&gt;.png")
+    }
+    assert 'src="data:image/jpeg;base64,' in of["wide.png"]
+    assert 'src="data:image/jpeg;base64,' in of["mute.png"]
+    assert 'class="lost"' in of["&lt;script&gt;.png"]
+    assert "<img" not in of["&lt;script&gt;.png"]
+    for name in ("metadata.jsonl:1", "lonely.txt"):
+        assert next(block for block in blocks if name in block).count('class="lost"') == 0
+    table = part[: part.index("</table>")]
+    assert sum(map(int, re.findall(r"<td class=n>(\d+)</td>", table))) == 5
+
+
+def test_reasons_are_grouped_by_what_they_have_in_common():
+    rows = [
+        Problem("a.png", "caption", "x: y.txt: the caption is empty"),
+        Problem("b.png", "caption", "deep/b.txt: the caption is empty"),
+        Problem("c.png", "caption", "c.txt: not UTF-8 (byte 3)"),
+        Problem("d.png", "caption", "d.txt: not UTF-8 (byte 40)"),
+        Problem("e.png", "decode", "truncated: 13 bytes missing"),
+        Problem("f.png", "decode", "truncated: 14 bytes missing"),
+        Problem("g.png", "aspect ratio", "aspect ratio 640:40 is 4.00 times off the nearest bucket, 1.5"),
+        Problem("m:1", "caption", "names a: b.png, which is not among the pictures"),
+    ]
+    found = {(stage, kind): len(group) for stage, kind, group in facts.reasons(rows[1:])}
+    assert found == {
+        ("caption", "not UTF-8"): 2,
+        ("decode", "truncated"): 2,
+        ("caption", "the caption is empty"): 1,
+        ("aspect ratio", "aspect ratio"): 1,
+        ("caption", "names a file that is not among the pictures"): 1,
+    }
+    assert sum(len(group) for _, _, group in facts.reasons(rows)) == len(rows)
+
+
+def test_the_stretch_is_that_of_numpy(run):
+    images, out, html = run
+    factors = []
+    for bucket in records.load_dataset(out / "256")["buckets"]:
+        width, height = map(int, bucket.split("x"))
+        for record in records.open_bucket(out / "256", bucket):
+            with Image.open(images / record["id"].decode()) as image:
+                factors.append(max(ratio := image.width * height / image.height / width, 1 / ratio))
+    percents = 100 * (np.array(factors) - 1)
+    assert percents.max() > 1
+    part = _words(_part(html, "Stretch"))
+    assert f"median {np.median(percents):.1f}%" in part
+    assert f"95% below {np.quantile(percents, 0.95):.1f}%" in part
+    assert f"largest {percents.max():.1f}%" in part
+
+
+def test_a_padded_picture_is_not_counted_as_stretched():
+    jobs = [SimpleNamespace(shape=(8, 8), entries=(("a", 110, 100), ("b", 300, 100), ("refused", 1, 1)))]
+    parts = [{"records": [["a", "0", 3, 3, [128, 256]], ["b", "1", 4, 0, [128]]]}]
+    a, b = facts.pictures(jobs, parts, 1.5)
+    assert (a.stretch, a.padded, a.resolutions) == (pytest.approx(1.1), False, (128, 256))
+    assert (b.stretch, b.padded, b.resolutions) == (1.0, True, (128,))
+
+
+def test_quantiles_are_numpys():
+    values = np.random.default_rng(0).gamma(2, size=999)
+    assert facts.spread(values) == pytest.approx((np.median(values), np.quantile(values, 0.95), values.max()))
+
+
+def test_caption_lengths_and_cuts_are_named(html):
+    part = _part(html, "Caption lengths")
+    assert "1 caption longer than the limit of 8 tokens" in part
+    assert "<h3>Cut to the limit</h3><ul><li><bdi>same.bmp</bdi>" in part
+    assert "10 tokens" in part
+    counts = dict(re.findall(r"<title>(\d+) to \d+ tokens: (\d+)</title>", part))
+    assert counts == {"5": "1", "6": "7", "8": "1"}
+
+
+@pytest.mark.parametrize("longest", [1, 48, 49, 512])
+def test_token_classes_hold_every_caption_once(longest):
+    lengths = [*np.random.default_rng(longest).integers(1, longest + 1, 500).tolist(), longest]
+    counts, width = facts.token_classes(lengths)
+    assert len(counts) <= 48
+    assert counts.sum() == 501
+    assert counts[0] == sum(length <= width for length in lengths)
+
+
+def test_the_swap_is_shown_with_examples(html):
+    part = _part(html, "Left and right")
+    assert "<b>6</b> sides swapped" in part
+    assert "<b>1</b> left or right in another sense: kept" in part
+    assert 'cake <mark class="kept">left</mark> on a plate' in part
+    assert "dark on the <mark>left</mark></bdi><br><bdi>picture" in part
+
+
+def test_swap_decisions_tell_the_switched_off_from_the_doubtful():
+    texts = {"a": "on the left", "b": "cake left on a plate", "c": "a cat", "d": '"turn left"', "e": "on the right"}
+    kinds = facts.swap_decisions(texts, ["e"])
+    assert kinds == {facts.SWAPPED: ["a"], facts.KEPT: ["b"], facts.PLAIN: ["c"], facts.DOUBT: ["d"], facts.OFF: ["e"]}
+
+
+def test_exact_duplicates_are_named(html):
+    part = _part(html, "Exact duplicates")
+    assert "kept.png = same.bmp" in part
+    assert "1 picture too many, in 1 group" in part
+
+
+def test_samples_are_decoded_beside_the_original_and_the_mirror_image(html):
+    part = _part(html, "What the model will see")
+    cards = part.split('<div class="sample">')[1:]
+    assert len(cards) == 9
+    assert part.count("<details>") == 1
+    for card in cards:
+        assert card.count("<img") == (3 if "mirrored" in card and "never" not in card else 2)
+    evil = next(card for card in cards if "onerror" in card)
+    assert "never<br>flipped" in evil
+
+
+def test_histograms_count_the_true_latents(run):
+    _, out, html = run
+    dataset = records.load_dataset(out / "128")
+    rows = [row for bucket in dataset["buckets"] for row in records.open_bucket(out / "128", bucket)]
+    mean, std = dataset["latent_mean"], dataset["latent_std"]
+    found = facts.latents(rows, mean, std)
+    values = np.concatenate([row["latent"].astype(np.float64).reshape(-1, 4) for row in rows])
+    assert found.total == len(values)
+    assert found.pictures == 9
+    for channel in range(4):
+        low, high = (mean[channel] + sign * facts.SPREAD * std[channel] for sign in (-1, 1))
+        assert found.counts[channel].tolist() == np.histogram(values[:, channel], facts.BINS, (low, high))[0].tolist()
+        assert found.beyond[channel] == (abs(values[:, channel] - mean[channel]) > 3 * std[channel]).sum()
+        assert f"{mean[channel]:+.3f} ± {std[channel]:.3f}" in html
+    assert f"Drawn from {len(values):,} values a channel, of 9 latents" in html
+
+
+def test_three_deviations_are_three():
+    latent = np.array([2.9, -2.9, 3.1, -3.1, -5.0, 0.0]).reshape(2, 3, 1) * 2 + 7
+    found = facts.latents([{"latent": latent, "mask": np.zeros((0, 0))}], [7.0], [2.0])
+    assert (found.beyond[0], found.outside[0], found.total) == (3, 1, 6)
+
+
+def test_histograms_leave_padding_out():
+    latent = np.zeros((2, 2, 1))
+    latent[0] = 1
+    rows = [{"latent": latent, "mask": np.array([[1, 1], [0, 0]], np.uint8)}]
+    found = facts.latents(rows, [1.0], [0.1])
+    assert (found.total, found.counts.sum(), found.outside[0]) == (2, 2, 0)
+    rows = [{"latent": latent, "mask": np.zeros((0, 0), np.uint8)}]
+    found = facts.latents(rows, [1.0], [0.1])
+    assert (found.total, found.counts.sum(), found.outside[0], found.beyond[0]) == (4, 2, 2, 2)
+
+
+def test_a_padded_sample_is_shown_without_its_padding():
+    pixels = np.arange(32 * 16 * 3).reshape(32, 16, 3)
+    mask = np.array([[0, 0], [1, 1], [1, 1], [0, 0]], np.uint8)
+    assert np.array_equal(readback._unpadded(pixels, mask), pixels[8:24])
+    assert readback._unpadded(pixels, np.zeros((0, 0))) is pixels
+
+
+def test_pictures_left_out_at_a_resolution_are_counted_and_found(tmp_path):
+    """A record's place in its bucket differs between resolutions once a picture is left out of one."""
+    images = fakes.photographs(tmp_path / "in", 5)
+    for number in range(3):
+        Image.new("RGB", (384, 256), (90 * number, 40, 200)).save(images / f"large-{number}.png")
+        (images / f"large-{number}.txt").write_text(f"large {number}")
+    config = fakes.config(images, tmp_path / "out", resolutions=(128, 512), max_upscale=2.0)
+    pipeline.run(config, fakes.encoders())
+    html = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "<h1>8 pictures at 128, 3 at 512</h1>" in html
+    assert "5 pictures left out at 512" in html
+    rows = re.findall(r"<td><b>(\d+)</b></td><td class=n>(\d+)</td><td class=n>(\d+)</td>", _part(html, "Resolutions"))
+    assert rows == [("128", "8", "0"), ("512", "3", "5")]
+
+
+def test_how_long_the_encoders_waited_is_said():
+    legs = [{"pictures": 30, "seconds": 10.0, "waited": 1.0}, {"pictures": 10, "seconds": 10.0, "waited": 4.0}]
+    words = _words(report._time([*legs, {"pictures": 0, "seconds": 0.0, "waited": 0.0}]))
+    assert "40 pictures in 20 s, 2.0 a second" in words
+    assert "25.0% of the time" in words
+
+
+def test_the_title_groups_resolutions_with_as_many_pictures():
+    assert report._title({256: 1200, 512: 1200, 1024: 7}) == "1,200 pictures at 256 and 512, 7 at 1024"
+    assert report._title({128: 1, 256: 1, 512: 1}) == "1 picture at 128, 256 and 512"
 
 
 def test_a_repeated_build_gives_the_same_bytes(tmp_path):
@@ -86,3 +350,82 @@ def test_a_repeated_build_gives_the_same_bytes(tmp_path):
     (tmp_path / "out" / "report.html").unlink()
     pipeline.run(config, fakes.encoders())
     assert (tmp_path / "out" / "report.html").read_bytes() == first
+
+
+def test_the_sizes_are_drawn_where_they_belong():
+    dots = facts.dots([(512, 512)] * 3 + [(1024, 256)])
+    assert dots == [(512, 512, 3), (1024, 256, 1)]
+    drawn = charts.plane(dots, [("512 x 512", 1.0)], [512], 1.5)
+    circles = re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="([\d.]+)"', drawn)
+    (x1, y1, r1), (x2, y2, r2) = (map(float, circle) for circle in circles)
+    assert x2 - x1 == pytest.approx(y2 - y1, abs=0.2)  # twice as wide, half as high: as far to the right as down
+    assert x2 > x1
+    assert r1 / r2 == pytest.approx(math.sqrt(3), rel=0.02)  # the area is the count
+    (ax, ay, bx, by) = map(float, re.search(r'x1="(\S+)" y1="(\S+)" x2="(\S+)" y2="(\S+)" class="ray"', drawn).groups())
+    assert (
+        abs((bx - ax) * (ay - y1) - (ax - x1) * (by - ay)) / math.hypot(bx - ax, by - ay) < 0.3
+    )  # the square is on its ray
+    (ax, ay, bx, by) = map(
+        float, re.search(r'x1="(\S+)" y1="(\S+)" x2="(\S+)" y2="(\S+)" class="area"', drawn).groups()
+    )
+    for x, y in ((x1, y1), (x2, y2)):  # both have the area of 512 x 512
+        assert abs((bx - ax) * (ay - y) - (ax - x) * (by - ay)) / math.hypot(bx - ax, by - ay) < 0.3
+
+
+def test_many_sizes_are_rounded_and_none_is_lost():
+    rng = np.random.default_rng(1)
+    sizes = [tuple(size) for size in rng.integers(200, 6000, (20_000, 2)).tolist()]
+    dots = facts.dots(sizes)
+    assert len(dots) <= facts.DOTS
+    assert sum(count for _, _, count in dots) == 20_000
+
+
+def test_a_page_about_twenty_thousand_pictures_stays_small(monkeypatch):
+    rng = np.random.default_rng(0)
+    names = [f"folder {number % 40}/photo-{number:05d} <&>.jpg" for number in range(20_000)]
+    wide = rng.integers(200, 6000, 20_000).tolist()
+    jobs, parts = [], []
+    for start in range(0, 20_000, 1000):
+        shape = ((8, 8), (8, 6), (6, 8))[start // 1000 % 3]
+        entries = [(names[i], wide[i], round(wide[i] * shape[1] / shape[0] * 1.05)) for i in range(start, start + 1000)]
+        jobs.append(SimpleNamespace(shape=shape, number=start // 1000, entries=tuple(entries)))
+        rows = [
+            [name, f"{i % 9000}", 1 + i % 300, 0, [128] if i % 3 else [128, 256]]
+            for i, (name, *_) in enumerate(entries)
+        ]
+        parts.append({"records": rows, "truncated": [name for name, *_ in entries[::2]]})
+    slope = np.linspace(40, 200, 256)[:, None, None]
+    grain = np.clip(slope + rng.normal(0, 12, (256, 256, 3)), 0, 255).astype(np.uint8)  # a grainy photograph
+    record = {"latent": np.zeros((4, 4, 4)), "latent_flip": np.zeros((4, 4, 4)), "mask": np.zeros((0, 0))}
+    record |= {"caption": "left " * 400, "caption_flip": "right " * 400}
+    context = SimpleNamespace(
+        config=ConfigDict({"seed": 0, "flip": True, "max_distortion": 1.5}),
+        folder=pipeline.Path("/photographs"),
+        items={name: SimpleNamespace(path=pipeline.Path(name), flip=True) for name in names},
+        cells=8,
+        others={f"suffix{number}": number + 1 for number in range(500)},
+        legs=[{"pictures": 1000, "seconds": 60.0, "waited": 6.0}] * 400,
+        encoders=fakes.encoders(),
+        bucket=lambda shape, size: f"{shape[0]}x{shape[1]}",
+        root=lambda size: pipeline.Path(str(size)),
+        thumbnails=lambda paths, side: [readback.images.thumbnail(grain, side) for _ in paths],
+    )
+    context.encoders.vae.decode = lambda latents: np.stack([grain, grain])
+    opened = []
+    monkeypatch.setattr(records, "open_bucket", lambda root, name: opened.append(name) or [record] * 20_000)
+    refused = [Problem(f"{i}.jpg", "decode", f"reason {chr(97 + i % 26)}: detail {i}") for i in range(20_000)]
+    dataset = {
+        "latent_mean": [0.0] * 4,
+        "latent_std": [1.0] * 4,
+        "latent_count": 9,
+        "fingerprint": {"vae": {"id": "x"}},
+    }
+    datasets = {128: dataset | {"count": 20_000}, 256: dataset | {"count": 6_680}}
+    plan = {"inputs": {name: f"picture {i % 5000}, dark on the left" for i, name in enumerate(names)}}
+    html = report.build(context, plan, jobs, parts, refused, datasets)
+    assert not _Balanced(html).open
+    assert opened
+    assert len(html) < 5_000_000
+    assert _part(html, "Left out").count("<img") == 48
+    assert "more in quarantine.jsonl" in html
+    assert "165,250 files=20,000 encoded+20,000 refused+125,250 others" in _words(html)
