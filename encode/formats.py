@@ -199,3 +199,4 @@ def refused(head: bytes, suffix: str) -> str | None:
 
 
 RAW_REASON = _RAW
+HDR_REASON = _HDR

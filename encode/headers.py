@@ -8,7 +8,6 @@ Sources: RFC 9649 (WebP), ISO/IEC 18181-1 annex D (JPEG XL), PNG third edition, 
 from __future__ import annotations
 
 import io
-import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -156,7 +155,7 @@ def png_metadata(path: Path) -> tuple[bytes, bytes]:
     """(EXIF block, XMP packet) of a PNG, each empty where there is none, without decoding a pixel."""
     exif = xmp = b""
     with open(path, "rb") as file:
-        for kind, length in _png_chunks(file):
+        for kind, length in png_chunks(file):
             if kind == b"eXIf" and length < MEGABYTE:
                 exif = file.read(length)
             elif kind in (b"tEXt", b"zTXt", b"iTXt") and length < 16 * MEGABYTE:
@@ -174,23 +173,7 @@ def png_metadata(path: Path) -> tuple[bytes, bytes]:
     return exif, xmp
 
 
-def png_is_sound(path: Path) -> bool:
-    """Whether the checksum of every pixel chunk holds; Pillow looks at those of all other chunks."""
-    with open(path, "rb") as file:
-        for kind, length in _png_chunks(file):
-            if kind != b"IDAT":
-                continue
-            checksum, left = zlib.crc32(kind), length
-            while left and (part := file.read(min(left, MEGABYTE))):
-                checksum = zlib.crc32(part, checksum)
-                left -= len(part)
-            stored = file.read(4)
-            if len(stored) == 4 and int.from_bytes(stored, "big") != checksum:
-                return False
-    return True
-
-
-def _png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+def png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
     """(kind, length) of every chunk, the file standing at its data."""
     at = 8
     while True:
@@ -248,13 +231,13 @@ def tiff_is_raw(path: Path) -> bool:
         order = "<" if file.read(2) == b"II" else ">"
         if file.read(2) not in (b"*\0", b"\0*"):
             return False
-        pending, seen = [_integer(file, order)], set()
+        pending, seen = [integer(file, order)], set()
         while pending and len(seen) < 24:
             at = pending.pop(0)
             if at in seen or at < 8:
                 continue
             seen.add(at)
-            tags, following = _tiff_directory(file, order, at)
+            tags, following = tiff_directory(file, order, at)
             if (
                 _RAW_TAGS & tags.keys()
                 or _RAW_COMPRESSIONS & set(tags.get(259, ()))
@@ -265,22 +248,22 @@ def tiff_is_raw(path: Path) -> bool:
     return False
 
 
-def _integer(file: BinaryIO, order: str) -> int:
+def integer(file: BinaryIO, order: str) -> int:
     data = file.read(4)
     return struct.unpack(order + "I", data)[0] if len(data) == 4 else 0
 
 
-def _tiff_directory(file: BinaryIO, order: str, at: int) -> tuple[dict[int, tuple[int, ...]], int]:
+def tiff_directory(file: BinaryIO, order: str, at: int) -> tuple[dict[int, tuple[int, ...]], int]:
     """Values of the tags that matter (whole numbers only) and where the next directory is."""
     file.seek(at)
     data = file.read(2)
     count = struct.unpack(order + "H", data)[0] if len(data) == 2 else 0
     entries = io.BytesIO(file.read(12 * count))
-    following = _integer(file, order)
+    following = integer(file, order)
     tags: dict[int, tuple[int, ...]] = {}
     while len(entry := entries.read(12)) == 12:
         tag, kind, number = struct.unpack(order + "HHI", entry[:8])
-        if tag not in {259, 262, 330, *_RAW_TAGS}:
+        if tag not in {258, 259, 262, 330, 339, *_RAW_TAGS}:
             continue
         letter = {3: "H", 4: "I", 13: "I"}.get(kind)
         if letter is None:
@@ -309,79 +292,3 @@ def embedded_sizes(path: Path) -> list[tuple[int, int]]:
             right, bottom, left, top = struct.unpack_from(">IIII", data, at + 8)
             sizes.append((right - left, bottom - top))
     return sizes
-
-
-_AFTER_A_SCAN = frozenset([0xC4, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)])
-_ARITHMETIC = frozenset([0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF])  # such a decoder takes zeros for granted behind the end
-_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
-_RESTART = re.compile(rb"\xff([\xd0-\xd7])")
-_FILLING = bytes(range(1, 255))  # no backslash among the first 32, which go through re.sub
-
-
-def jpeg_with_filling(data: bytes) -> bytes:
-    """A JPEG with meaningless bytes behind every scan and interval: they change nothing, unless pixels were missing there.
-
-    Raises:
-      ValueError: foreign markers stand among the pixels, or intervals are missing.
-    """
-    parts, done, at = [], 0, 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        code = data[at + 1]
-        if code == 0xD9 or code in _ARITHMETIC:
-            break
-        if code == 0xFF or code == 0x01 or 0xD0 <= code <= 0xD7:
-            at += 1 if code == 0xFF else 2
-            continue
-        after = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if code != 0xDA:
-            at = after
-            continue
-        marker = _MARKER.search(data, after)
-        if marker is None:
-            break
-        if marker[1][0] not in _AFTER_A_SCAN:
-            raise ValueError("something else stands among the pixels")
-        restarts = (found[1][0] for found in _RESTART.finditer(data, after, marker.start()))
-        if any(code != 0xD0 + number % 8 for number, code in enumerate(restarts)):
-            raise ValueError("pixels are missing in the middle")
-        at = marker.start()
-        parts += [data[done:after], _RESTART.sub(_FILLING[:32] + rb"\g<0>", data[after:at]), _FILLING]
-        done = at
-    return b"".join([*parts, data[done:]])
-
-
-def is_cut(path: Path, kind: str) -> bool:
-    """Whether a file's own lengths, or its missing end mark, say that bytes are missing at its end."""
-    total = path.stat().st_size
-    with open(path, "rb") as file:
-        if kind == "WEBP":
-            return 8 + int.from_bytes(file.read(8)[4:], "little") > total
-        if kind == "PNG":
-            ends = [file.tell() + length + 4 for _, length in _png_chunks(file)]
-            return not ends or ends[-1] + 12 > total
-        if kind == "JPEG" or (kind == "JPEG2000" and file.read(2) == b"\xff\x4f"):
-            file.seek(max(0, total - MEGABYTE))
-            return b"\xff\xd9" not in file.read()
-        if kind in ("AVIF", "HEIF", "JXL", "JPEG2000"):
-            return _last_box_ends(file, total) > total
-        if kind == "TIFF":
-            order = "<" if file.read(4)[:2] == b"II" else ">"
-            at = _integer(file, order)
-            file.seek(at)
-            count = file.read(2)
-            return len(count) < 2 or at + 2 + 12 * struct.unpack(order + "H", count)[0] > total
-    return False
-
-
-def _last_box_ends(file: BinaryIO, total: int) -> int:
-    """Where the last of a file's boxes ends by its own account; 0 where it does not begin with a box."""
-    at = 0
-    while at + 8 <= total:
-        file.seek(at)
-        length, kind = struct.unpack(">I4s", file.read(8))
-        if length == 1:
-            length = int.from_bytes(file.read(8), "big")
-        if length < 8 or not (kind.isascii() and kind.decode().isprintable()):
-            break
-        at += length
-    return at

@@ -22,7 +22,7 @@ import pillow_heif
 import pillow_jxl
 from PIL import Image, ImageChops, ImageOps
 
-from encode import colour, formats, headers
+from encode import colour, damage, formats, headers
 
 SMALLEST = 16  # pixels: less than one patch of the model
 ORIENTATION = 0x0112
@@ -143,8 +143,11 @@ class _Refusing:
             text = "the JPEG XL decoder gave up"  # it has only one message, and that advises to build it anew
         if isinstance(error, (EOFError, struct.error)) or any(word in text.lower() for word in _CUT):
             return f"truncated: {text or type(error).__name__}"
-        if headers.is_cut(self.path, self.kind):
+        if damage.is_cut(self.path, self.kind):
             return f"truncated: {text}"
+        rare = damage.rare_kind(self.path, self.kind)
+        if rare:
+            return f"{rare}, which is not read: save it as PNG or 8-bit TIFF first"
         if isinstance(error, Image.UnidentifiedImageError):
             return f"damaged, or of a kind that is not read: {text}"
         if self.kind == "JXL":
@@ -195,6 +198,8 @@ def _open(path: Path, kind: str, max_pixels: int) -> Image.Image:
         if kind == "TIFF":
             _seek_whole(image)
             _check(*image.size, max_pixels)
+        if kind == "HEIF" and _is_hdr(image):
+            raise ImageProblem(formats.HDR_REASON)
     except BaseException:
         image.close()
         raise
@@ -227,6 +232,12 @@ def _jxl_size(path: Path, max_pixels: int) -> tuple[tuple[int, int], headers.Jxl
     if header.animated:
         raise ImageProblem("an animated JPEG XL, of which only the last frame could be read: save one frame first")
     return upright, header
+
+
+def _is_hdr(image: Image.Image) -> bool:
+    """Whether a HEIC's numbers mean light up to 10,000 candela (PQ, HLG), which no profile here turns into sRGB."""
+    curve = (image.info.get("nclx_profile") or {}).get("transfer_characteristics")
+    return curve in (16, 18) and "icc_profile" not in image.info
 
 
 _REDUCED = 1 | 4  # bits of TIFF's NewSubfileType: a preview, or a mask, of another page
@@ -313,35 +324,6 @@ def _upright_size(image: Image.Image, path: Path) -> tuple[int, int]:
     return image.size[::-1] if turned else image.size
 
 
-def _check_whole(image: Image.Image, path: Path) -> None:
-    """Find the damage that a decoder has passed over in silence: libjpeg paints grey where pixels are missing."""
-    if image.format == "PNG" and not headers.png_is_sound(path):
-        raise ImageProblem("damaged: the checksum of the pixels is wrong")
-    if image.format in ("JPEG", "MPO"):
-        data = path.read_bytes()
-        try:
-            filled = headers.jpeg_with_filling(data)
-        except ValueError as error:
-            raise ImageProblem(f"damaged: {error}") from error
-        if not _same(data, filled, image.info.get("progressive")):
-            raise ImageProblem("damaged: the pixels end before the picture does")
-
-
-def _same(data: bytes, other: bytes, progressive: bool) -> bool:
-    """Whether two JPEGs decode to the same pixels; of one that is not progressive an eighth of the size will tell."""
-    with _jpeg_open(data, progressive) as one, _jpeg_open(other, progressive) as two:
-        rows = range(0, one.height, colour.STRIP)
-        boxes = ((0, top, one.width, min(top + colour.STRIP, one.height)) for top in rows)
-        return one.size == two.size and all(one.crop(box).tobytes() == two.crop(box).tobytes() for box in boxes)
-
-
-def _jpeg_open(data: bytes, whole: bool) -> Image.Image:
-    image = Image.open(io.BytesIO(data), formats=("JPEG",))
-    if not whole:
-        image.draft("L", (1, 1))
-    return image
-
-
 _PLAIN = ("L", "RGB", "CMYK", "RGBA", "LA")  # can be made small before their colours are converted
 
 
@@ -357,8 +339,9 @@ def _upright(image: Image.Image, path: Path, side: int | None = None) -> Image.I
     orientation = _orientation(image, path)
     if image.size != stored and image.format != "TIFF":
         raise ImageProblem(f"damaged: the header says {stored[0]} x {stored[1]}, the picture is {image.size}")
-    if side is None:
-        _check_whole(image, path)
+    silent = damage.passed_over(image, path) if side is None else None
+    if silent:
+        raise ImageProblem(f"damaged: {silent}")
     pixels = _mended(image, path)
     if side and alpha is None and pixels.mode in _PLAIN and "transparency" not in pixels.info:
         pixels = _reduced(pixels, side)

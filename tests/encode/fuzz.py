@@ -385,7 +385,10 @@ class Found:
     deaths: list[tuple[str, str]]
 
 
-def run(count: int, seed: int, keep: Path, start: int = 0) -> Found:
+CHILD = (sys.executable, "-m", "tests.encode.fuzz")
+
+
+def run(count: int, seed: int, keep: Path, start: int = 0, child: tuple[str, ...] = CHILD) -> Found:
     """Try `count` damaged files in child processes; those worth a look are kept in a folder."""
     files, found = seeds(), Found(collections.Counter(), [], [])
     keep.mkdir(parents=True, exist_ok=True)
@@ -398,13 +401,13 @@ def run(count: int, seed: int, keep: Path, start: int = 0) -> Found:
         return str(path)
 
     while number < end:
-        command = [sys.executable, "-m", "tests.encode.fuzz", f"--seed={seed}", f"--child={number}:{end}"]
+        command = [*child, f"--seed={seed}", f"--child={number}:{end}"]
         root = Path(__file__).parents[2]
         with (
             open(keep / "stderr.txt", "ab") as errors,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=root) as child,
         ):
-            for line in child.stdout:
+            for line in process.stdout:
                 number, result = json.loads(line)
                 if result in ("decoded", "refused", "memory"):
                     found.counts[result] += 1
@@ -412,11 +415,11 @@ def run(count: int, seed: int, keep: Path, start: int = 0) -> Found:
                     found.counts["wrong"] += 1
                     found.wrong.append((save(number), result))
                 number += 1
-        if child.returncode > 0:
-            raise RuntimeError(f"the child gave up with exit code {child.returncode}; see {keep / 'stderr.txt'}")
-        if child.returncode < 0:
+        if process.returncode > 0:
+            raise RuntimeError(f"the child gave up with exit code {process.returncode}; see {keep / 'stderr.txt'}")
+        if process.returncode < 0:
             found.counts["killed its process"] += 1
-            found.deaths.append((save(number), signal.Signals(-child.returncode).name))
+            found.deaths.append((save(number), signal.Signals(-process.returncode).name))
             number += 1
     return found
 

@@ -451,3 +451,50 @@ def test_large_pictures_are_worked_on_in_strips_that_meet(tmp_path):
 
 
 PREMULTIPLIED = base64.b64decode("/woFCBgAJQgQEACAAEsoNCa+RkJBAJQZJ8Y4kxcQAUDRcwcBaa5UsJ5LJ8M0")
+
+
+def test_a_heic_in_hdr_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(fuzz.picture()).save(buffer, "HEIF")
+    data = buffer.getvalue()
+    at = data.index(b"colrnclx") + 8
+    for curve, refused in ((13, False), (1, False), (16, True), (18, True)):
+        (tmp_path / "a.heic").write_bytes(data[: at + 2] + struct.pack(">H", curve) + data[at + 4 :])
+        if refused:
+            for read in (images.size, images.decode):
+                with pytest.raises(images.ImageProblem, match="HDR"):
+                    read(tmp_path / "a.heic", LIMIT)
+        else:
+            assert _decode(tmp_path / "a.heic").size
+
+
+@pytest.mark.parametrize(
+    "values, photometric, reason",
+    [
+        (
+            np.zeros((24, 40, 3), np.float32),
+            "rgb",
+            r"a TIFF of 32 \+ 32 \+ 32 bits \(floating-point numbers, photometric 2\)",
+        ),
+        (np.zeros((24, 40), np.float64), "minisblack", r"a TIFF of 64 bits \(floating-point"),
+        (np.zeros((24, 40, 3), np.uint32), "rgb", r"a TIFF of 32 \+ 32 \+ 32 bits \(whole"),
+    ],
+)
+def test_a_tiff_of_a_kind_that_pillow_lacks_is_not_called_damaged(tmp_path, values, photometric, reason):
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric=photometric)
+    with pytest.raises(images.ImageProblem, match=f"^{reason}.*, which is not read"):
+        images.decode(tmp_path / "a.tif", LIMIT)
+
+
+def test_a_jpeg_of_a_rare_kind_is_not_called_damaged(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(fuzz.picture()).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    at = data.index(b"\xff\xc0")
+    for edited, reason in (
+        (data[: at + 4] + b"\x0c" + data[at + 5 :], "12 bits a colour"),
+        (data[: at + 1] + b"\xc3" + data[at + 2 :], "lossless"),
+    ):
+        (tmp_path / "a.jpg").write_bytes(edited)
+        with pytest.raises(images.ImageProblem, match=f"^a JPEG of a rare kind .{reason}"):
+            images.decode(tmp_path / "a.jpg", LIMIT)
