@@ -405,7 +405,7 @@ def run(count: int, seed: int, keep: Path, start: int = 0, child: tuple[str, ...
         root = Path(__file__).parents[2]
         with (
             open(keep / "stderr.txt", "ab") as errors,
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=root) as child,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=root) as process,
         ):
             for line in process.stdout:
                 number, result = json.loads(line)
