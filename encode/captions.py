@@ -181,13 +181,11 @@ def _coordinated(around: _Around) -> Sense | None:
             continue
         if words[0] not in joints and not (words[0] == "the" and not ahead and words[1] in joints):
             continue
-        last = words[reach + 1 : reach + 2] if ahead else around.after[:1]
-        if words[reach - 1] in ("the",) and ahead and last != [] and last[0] in W.CORRECT | W.RIGHT_NOUNS:
-            continue
-        if last and last[0] in (W.VERY | W.RIGHT_NOUNS) and "," in words[:reach]:
+        last = (words[reach + 1 : reach + 2] if ahead else around.after[:1]) or [""]  # what follows the pair
+        if last[0] == "?" or ("," in words[:reach] and last[0] in W.VERY | W.RIGHT_NOUNS):
             continue  # a dog left, right next to the door
-        if last == ["?"]:
-            continue
+        if ahead and words[reach - 1] == "the" and last[0] in W.CORRECT | W.RIGHT_NOUNS:
+            continue  # turned left and the right way round
         return Sense.SIDE
     return None
 
@@ -208,7 +206,7 @@ def _named_part(around: _Around) -> Sense | None:
         return Sense.SIDE
     if before[-2] in W.BEFORE:
         return None
-    settled = _settled(after[1:], W.FOLLOW - {"to"}) or after[1].endswith("ed")
+    settled = _settled(after[1:], W.FOLLOW - {"to"}) or after[1].endswith("ed") or after[1] == "half"
     if part in W.THINGS and before[-1] in W.OWNERS and settled:
         its = before[-1] in ("his", "her", "its", "their") and part == "one"
         subject = before[-2] in W.PAUSE | {"and", "while", "but", "behind", "beside"}
@@ -230,9 +228,8 @@ def _owned(around: _Around) -> Sense | None:
     run_together = before[-2].endswith(("ingto", "ingon"))  # standingto the left
     if owner and (run_together or before[-2] in W.BEFORE | {"down", "up"}):
         if after[0] in W.CORRECT or (before[-2] in W.BEFORE - W.SURE_BEFORE):
-            first = (
-                placed and before[-3] in W.PAUSE and after[0] in ("a", "an", "the", "two")
-            )  # in the bottom right a fox
+            # In the bottom right a fox:
+            first = placed and before[-3] in W.PAUSE and after[0] in ("a", "an", "the", "two")
             follows = first or ends or after[0] in W.FOLLOW or after[0].endswith(("ing", "ed"))
             return Sense.SIDE if follows else Sense.DOUBT
         fits = after[0].isalpha() and (after[1] == "for" or (before[-3] in W.ARRIVING and after[1] in W.PAUSE))

@@ -125,7 +125,7 @@ RIGHT_OF = _set("way passage return reply refusal entry")
 RIGHT_TO = _set("vote bear be privacy speak remain live work strike protest know choose roam repair education freedom")
 VERY = _set(
     "next beside behind above below under underneath beneath across before after away now here there through up down out "
-    "off into onto over against around along outside inside between near when as past alongside among by overhead"
+    "off into onto over against around along outside inside between near when as past alongside among by overhead where"
 )
 RIGHT_PHRASES = {
     "in": (("front",), ("the", "middle"), ("the", "center"), ("the", "centre"), ("the", "heart"), ("the", "midst")),
@@ -134,6 +134,7 @@ RIGHT_PHRASES = {
            ("the", "entrance"), ("the", "water"), ("the", "water's"), ("the", "foot"), ("the", "front"), ("the", "back"),
            ("you",), ("me",), ("us",)),
     "to": (("the", "edge"), ("the", "top"), ("the", "end")),
+    "down": (("the", "middle"), ("the", "center"), ("the", "centre")),
     "into": (("the", "camera"), ("the", "lens"), ("camera",)),
     "toward": (("the", "camera"), ("the", "viewer"), ("you",), ("me",), ("us",)),
     "towards": (("the", "camera"), ("the", "viewer"), ("you",), ("me",), ("us",)),
