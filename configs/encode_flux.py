@@ -16,11 +16,16 @@ def get_config(arg=None):
     config.resolutions = (256, 512, 1024)
     config.seed = 0
     config.max_buckets = 12
+    config.buckets = ()
     config.max_pixels = 200_000_000
     config.max_distortion = 1.25
+    config.pad = False
+    config.max_upscale = 1.5
     config.shard_size = 1000
     config.batch_size = 8
-    config.decode_threads = 6
+    config.decode_workers = 0
+    config.decode_seconds = 60.0
+    config.decode_memory = 6144
     config.flip = True
 
     config.vae = ConfigDict({"name": "flux", "path": "", "dtype": "bfloat16"})

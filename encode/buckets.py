@@ -94,6 +94,30 @@ def choose(aspects: Sequence[float], max_buckets: int, cells: int) -> list[Shape
     return _used([shapes[index] for index in chosen], np.exp(logs))
 
 
+def forced(sizes: Sequence[tuple[int, int]], cells: int, resolution: int) -> list[Shape]:
+    """The shapes of buckets that a person named, as (width, height) in pixels at one resolution.
+
+    Raises:
+      ValueError: one is no pair of positive multiples of the grid, or its area is far from the resolution's square.
+    """
+    grid, shapes = resolution // cells, []
+    for size in sizes:
+        if not (isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int) for side in size)):
+            raise ValueError(f"{size!r} is not a pair (width, height)")
+        if any(side < grid or side % grid for side in size):
+            raise ValueError(f"{size[0]}x{size[1]}: both sides must be multiples of {grid}")
+        if not 0.25 <= size[0] * size[1] / resolution**2 <= 2:
+            raise ValueError(f"{size[0]}x{size[1]}: the area is not near that of {resolution}x{resolution}")
+        shapes.append((size[0] // grid, size[1] // grid))
+    return sorted(set(shapes), key=lambda shape: (shape[0] / shape[1], shape))
+
+
+def inside(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
+    """The largest (width, height) of the picture's own shape within a bucket, in whole patches."""
+    scale = min(bucket[0] / size[0], bucket[1] / size[1])
+    return tuple(min(most, max(SIDE, round(side * scale / SIDE) * SIDE)) for side, most in zip(size, bucket))
+
+
 def _used(shapes: list[Shape], aspects: np.ndarray) -> list[Shape]:
     taken = {assign(aspect, shapes)[0] for aspect in np.unique(aspects)}
     return [shape for shape in shapes if shape in taken]

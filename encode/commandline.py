@@ -38,6 +38,9 @@ def run(main: Callable[..., int], *, config: str | None = None) -> None:
     for noisy in ("orbax", "jax", "tensorflow_datasets", "grain"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
+        if {"--help", "-help", "-h"} & set(sys.argv[1:]):
+            print(_help(config))
+            sys.exit(0)
         options = _parse(config)
         code = main(options) if config else main()
     except InputError as error:
@@ -51,6 +54,15 @@ def run(main: Callable[..., int], *, config: str | None = None) -> None:
         code = fail(f"{error.filename or 'file'}: {error.strerror}.", 2 if error.errno in WRONG_PATH else 1)
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _help(config: str | None) -> str:
+    words = [sys.modules["__main__"].__doc__ or "", flags.FLAGS.main_module_help().strip()]
+    if config:
+        words.append(
+            f"Fields that --config.FIELD=VALUE overrides, with what each is for: the file of --config ({config})."
+        )
+    return "\n\n".join(words)
 
 
 def fail(message: str, code: int = 1) -> int:

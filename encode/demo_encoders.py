@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from encode.prepare import Resizing
+
 BLOCK = 8
 # Coefficients kept of a block, (row, column) frequencies: luma 12 and chroma 2 + 2 reach 31.3 dB on the demo pictures at
 # 128 x 128, against 30.9 with 10 and 3 + 3, and 30.1 with 8 and 4 + 4; photographs agree.
@@ -95,16 +97,20 @@ class DemoVision:
     width = VISION_WIDTH
 
     def __init__(self, area: int):
-        self.side = max(8, round(area**0.5))
-        self.fingerprint = {"id": "demo-light", "version": 1, "width": self.width, "side": self.side}
+        side = max(8, round(area**0.5))
+        self.resizing = Resizing(side * side, 1, Image.Resampling.BOX, square=True)
+        self.fingerprint = {"id": "demo-light", "version": 1, "width": self.width, "side": side}
 
     def encode(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """[height, width, 3] uint8 pictures of any sizes -> [n, 16] float32."""
+        return self.encode_resized([self.resizing(pixels) for pixels in pictures])
+
+    def encode_resized(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """The same of pictures that went through `resizing` already."""
         return np.stack([self._encode(pixels) for pixels in pictures])
 
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
-        small = Image.fromarray(pixels).resize((self.side, self.side), Image.Resampling.BOX)
-        colours = oklab(np.asarray(small).reshape(-1, 3))
+        colours = oklab(pixels.reshape(-1, 3))
         lightness, chroma = colours[:, 0], np.hypot(colours[:, 1], colours[:, 2])
         hue = np.arctan2(colours[:, 2], colours[:, 1]) * (HUE_BINS / (2 * np.pi))
         centres = np.arange(HUE_BINS)[:, None]

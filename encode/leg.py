@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import logging
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -38,8 +40,8 @@ def say_problems(when: str, rows: Sequence[Mapping[str, str]]) -> None:
 class Progress:
     """A line now and then: how many of how many, how fast in this leg, how long still."""
 
-    def __init__(self, total: int, todo: int):
-        self.total, self.todo, self.done = total, todo, 0
+    def __init__(self, what: str, total: int, todo: int):
+        self.what, self.total, self.todo, self.done = what, total, todo, 0
         self.started = self.said = time.monotonic()
 
     def step(self, count: int) -> None:
@@ -49,7 +51,50 @@ class Progress:
             self.said = now
             left = (self.todo - self.done) / max(self.rate(), 1e-9)
             at = self.total - self.todo + self.done
-            log.info("%d of %d pictures, %.1f a second, %.0f s left.", at, self.total, self.rate(), left)
+            log.info("%d of %d %s, %.1f a second, %s left.", at, self.total, self.what, self.rate(), span(left))
 
     def rate(self) -> float:
         return self.done / max(time.monotonic() - self.started, 1e-9) if self.done else 0.0
+
+
+class Speed:
+    """How fast a shard went, and how long the encoders waited for pictures; OUT/speed.jsonl has a line a shard."""
+
+    def __init__(self):
+        self.started, self.waited = time.monotonic(), 0.0
+
+    def waiting(self, pictures: Iterable) -> Iterator:
+        """The same pictures, the time until each one counted as waiting."""
+        pictures = iter(pictures)
+        while True:
+            asked = time.monotonic()
+            try:
+                picture = next(pictures)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.monotonic() - asked
+            yield picture
+
+    def write(self, out: Path, pictures: int) -> None:
+        seconds = time.monotonic() - self.started
+        row = {"pictures": pictures, "seconds": round(seconds, 3), "waited": round(self.waited, 3)}
+        with open(out / "speed.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    @staticmethod
+    def read(out: Path) -> list[dict[str, float]]:
+        found = []
+        with contextlib.suppress(FileNotFoundError), open(out / "speed.jsonl", encoding="utf-8") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):  # a line cut by a crash
+                    found.append(json.loads(line))
+        return found
+
+
+def span(seconds: float) -> str:
+    """A time as a person says it: 40 s, 12 min, 5.2 h, 3.1 days."""
+    for unit, length in (("days", 86400), ("h", 3600)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -1,8 +1,8 @@
 """Encode a folder of captioned photographs into one data set a resolution.
 
-    python -m encode.main --config=configs/encode_demo.py --config.images=DIR --config.out=DIR
+    python -m encode.main --config=configs/encode_demo.py --config.images=DIR --config.out=DIR [--dry_run]
 
-Run again with the same configuration after any interruption: it goes on where it stopped.
+With --dry_run nothing is written: it says what would be encoded, how long it would take, and how much disk. Run again with the same configuration after any interruption: it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -13,21 +13,26 @@ import signal
 import threading
 from typing import Any
 
+from absl import flags
+
 from encode import commandline
 from encode.records import InputError
 
 log = logging.getLogger(__name__)
 
 
-def main(config: Any) -> int:
-    """Run the whole of it; returns the exit code."""
+def main(config: Any, dry_run: bool = False) -> int:
+    """Run the whole of it, or say what it would be; returns the exit code."""
     asked = threading.Event()
     _stop_on_signal(asked)
     check(config)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads and the decoders' do not mix
-    from encode import pipeline  # PyTorch takes seconds to import: not before the call is known to be right
+    from encode import estimate, pipeline  # PyTorch takes seconds to import: not before the call is known to be right
 
     try:
+        if dry_run:
+            print(estimate.estimate(config, load(config), asked.is_set))
+            return 0
         summary = pipeline.run(config, load(config), asked.is_set)
     except pipeline.Stopped:
         return commandline.fail(
@@ -63,7 +68,7 @@ def check(config: Any) -> None:
     Raises:
       InputError: naming the field, its value and what is wanted.
     """
-    from encode.buckets import cells_across
+    from encode.buckets import cells_across, forced
 
     for name in ("images", "out"):
         if not config[name]:
@@ -74,9 +79,24 @@ def check(config: Any) -> None:
         cells_across(config.resolutions)
     except (ValueError, TypeError) as error:
         raise InputError(f"config.resolutions={config.resolutions}: {error}.") from error
-    for name in ("max_buckets", "max_pixels", "shard_size", "batch_size", "decode_threads"):
-        if config[name] < 1:
-            raise InputError(f"config.{name}={config[name]}: at least 1 is wanted.")
+    try:
+        forced(config.buckets, cells_across(config.resolutions), max(config.resolutions))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"config.buckets={config.buckets}: {error}.") from error
+    least = {
+        "max_buckets": 1,
+        "max_pixels": 1,
+        "shard_size": 1,
+        "batch_size": 1,
+        "decode_workers": 0,
+        "decode_memory": 64,
+    }
+    for name, wanted in least.items():
+        if config[name] < wanted:
+            raise InputError(f"config.{name}={config[name]}: at least {wanted} is wanted.")
+    for name in ("decode_seconds", "max_upscale"):
+        if not config[name] > 0:
+            raise InputError(f"config.{name}={config[name]}: more than 0 is wanted.")
     if config.max_distortion < 1:
         raise InputError(
             f"config.max_distortion={config.max_distortion}: a ratio of 1 (no distortion) or more is wanted."
@@ -96,4 +116,7 @@ def _stop_on_signal(asked: threading.Event) -> None:
 
 
 if __name__ == "__main__":
-    commandline.run(main, config="configs/encode_demo.py")
+    flags.DEFINE_bool(
+        "dry_run", False, "Say what would be encoded, how long it takes and how much disk; write nothing."
+    )
+    commandline.run(lambda config: main(config, flags.FLAGS.dry_run), config="configs/encode_demo.py")

@@ -3,7 +3,8 @@
 A shard is the unit of work, of resume and of distribution. The plan (OUT/plan.json) fixes which picture goes into which
 shard; a shard is finished when its index file stands at every resolution; everything known about a finished shard that the
 end needs (sums for the statistics, pictures refused, lengths) lies beside the plan in OUT/parts. Killed anywhere and
-started again, a run writes the bytes that an undisturbed one writes, and leaves finished shards alone.
+started again, a run writes the bytes that an undisturbed one writes, and leaves finished shards alone. Pictures are read
+ahead by worker processes through all shards that are left, so that the encoders do not wait.
 """
 
 from __future__ import annotations
@@ -11,23 +12,24 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from encode import buckets, captions, images, records, report, stats
+from encode import buckets, captions, images, prepare, records, stats
 from encode import plan as plan_rules
-from encode.leg import DISK_FULL, Progress, disk_full, say_problems
+from encode.finish import finish
+from encode.leg import DISK_FULL, Progress, Speed, disk_full, say_problems
 from encode.plan import Stopped
 from encode.records import InputError
 from encode.source import Collection, Item, Problem, walk
+from encode.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -55,23 +57,16 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A decoded picture: its hash, its pixels at each resolution, and the whole of it for the vision model."""
-
-    pixel_hash: str
-    pixels: Mapping[int, np.ndarray]
-    whole: np.ndarray | None
-    vectors: tuple[np.ndarray, np.ndarray] | None
-
-
-@dataclass(frozen=True)
 class Context:
     """What all shards of one run share."""
 
     config: Any
+    folder: Path
     out: Path
     encoders: Encoders
+    workers: Workers
     items: Mapping[str, Item]
+    others: Mapping[str, int]
     cells: int
     vision_width: int
     stop: Callable[[], bool]
@@ -90,6 +85,34 @@ class Context:
     def part(self, job: Job) -> Path:
         return self.out / "parts" / f"{self.bucket(job.shape, max(self.config.resolutions))}-{job.number:05d}.json"
 
+    def task(self, job: Job, entry: tuple[str, int, int]) -> prepare.Task:
+        """What a worker has to know to read one picture."""
+        item, config = self.items[entry[0]], self.config
+        targets, pad = plan_rules.targets(config, self.cells, job.shape, entry[1:])
+        precomputed = config.vision.precomputed
+        return prepare.Task(
+            item.id,
+            item.path,
+            entry[1:],
+            targets,
+            pad,
+            config.max_pixels,
+            whole=None if precomputed else self.encoders.vision.resizing,
+            vectors=(item.vision, item.vision_flip) if precomputed else None,
+            vector_width=self.vision_width,
+        )
+
+    def thumbnails(self, paths: Sequence[Path], side: int) -> list[bytes | None]:
+        """Small JPEGs of the upright pictures, for a page; None for those that cannot be decoded."""
+        work = [(path, self.config.max_pixels, side) for path in paths]
+        found = (result for _, result in self.workers.map(prepare.thumbnail, work, 2 * self.workers.count))
+        return [None if isinstance(result, images.ImageProblem) else result for result in found]
+
+    @property
+    def legs(self) -> list[dict[str, float]]:
+        """How fast each shard went: pictures, seconds, and the seconds that the encoders waited for pictures."""
+        return Speed.read(self.out)
+
     def missing(self, job: Job) -> list[int]:
         """Resolutions at which the shard is not written yet."""
         names = [(size, self.bucket(job.shape, size)) for size in self.config.resolutions]
@@ -107,13 +130,16 @@ class Summary:
     rate: float  # pictures a second of this leg; 0 where nothing was left to do
 
 
-def run(config: Any, encoders: Encoders, stop: Callable[[], bool] = lambda: False) -> Summary:
+def run(
+    config: Any, encoders: Encoders, stop: Callable[[], bool] = lambda: False, only: frozenset | None = None
+) -> Summary:
     """Encode config.images into config.out, going on where an earlier run stopped.
 
     Args:
       config: the configuration of configs/encode_*.py.
       encoders: the loaded models.
       stop: asked between batches; true ends the run with `Stopped`.
+      only: ids of the pictures to take; None takes all. The same at every run into one config.out.
 
     Raises:
       InputError: the folder, the configuration or an earlier output does not allow it.
@@ -126,39 +152,64 @@ def run(config: Any, encoders: Encoders, stop: Callable[[], bool] = lambda: Fals
             f"config.out={out} holds the photographs themselves; choose a folder of its own for the output."
         )
     try:
-        with records.only_one(out):
-            return _run(config, folder, out, encoders, stop)
+        with (
+            records.only_one(out),
+            Workers(config.decode_workers, config.decode_seconds, config.decode_memory) as workers,
+        ):
+            return _run(config, out, encoders, workers, stop, only)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         raise WorkFailed(disk_full(out)) from error
 
 
-def _run(config: Any, folder: Path, out: Path, encoders: Encoders, stop: Callable[[], bool]) -> Summary:
+def begin(
+    config: Any, encoders: Encoders, workers: Workers, stop, only=None, keep=True
+) -> tuple[Context, dict, list[Job]]:
+    """Scan the photographs and plan the work, or take up the plan that OUT holds; with `keep`, a new plan is stored."""
+    folder, out = Path(config.images).expanduser(), Path(config.out).expanduser()
     collection = walk(folder, out)
-    plan = _plan(config, folder, out, collection, encoders, stop)
-    say_problems("before encoding", plan["quarantine"])
+    if only is not None:
+        collection = Collection(tuple(item for item in collection.items if item.id in only), (), {})
+    plan = _plan(config, folder, out, collection, encoders, workers, stop, keep)
     items = {item.id: item for item in collection.items}
-    width = plan["vision_width"]
-    context = Context(config, out, encoders, items, plan["cells"], width, stop)
-    jobs = [Job(tuple(job["bucket"]), job["shard"], tuple(map(tuple, job["items"]))) for job in plan["shards"]]
+    others, cells, width = plan["others"], plan["cells"], plan["vision_width"]
+    context = Context(config, folder, out, encoders, workers, items, others, cells, width, stop)
+    return (
+        context,
+        plan,
+        [Job(tuple(job["bucket"]), job["shard"], tuple(map(tuple, job["items"]))) for job in plan["shards"]],
+    )
+
+
+def _run(config: Any, out: Path, encoders: Encoders, workers: Workers, stop, only) -> Summary:
+    context, plan, jobs = begin(config, encoders, workers, stop, only)
+    say_problems("before encoding", plan["quarantine"])
+    largest, pictures = max(config.resolutions), Counter()
+    for job in jobs:
+        pictures[context.bucket(job.shape, largest)] += len(job.entries)
+    listed = ", ".join(f"{name} ({count})" for name, count in pictures.items())
+    log.info("%d buckets at %d, with their pictures: %s.", len(pictures), largest, listed)
     todo = [job for job in jobs if context.missing(job) or not context.part(job).exists()]
-    progress = Progress(sum(len(job.entries) for job in jobs), sum(len(job.entries) for job in todo))
-    for job in todo:
-        _encode_shard(context, job, progress)
+    progress = Progress("pictures", sum(len(job.entries) for job in jobs), sum(len(job.entries) for job in todo))
+    tasks = (context.task(job, entry) for job in todo for entry in job.entries)
+    read = workers.map(prepare.prepare, tasks, 2 * config.batch_size + 2 * workers.count)
+    with contextlib.closing(read):
+        for job in todo:
+            _encode_shard(context, job, read, progress)
     parts = [json.loads(context.part(job).read_text(encoding="utf-8")) for job in jobs]
     broken = [row for part in parts for row in part["quarantine"]]
     say_problems("while encoding", broken)
     refused = [Problem(**row) for row in plan["quarantine"] + broken]
     finished = all((context.root(size) / "dataset.json").exists() for size in config.resolutions)
     if todo or not finished or not (out / "report.html").exists():
-        _finish(context, plan, jobs, parts, sorted(refused, key=lambda row: (row.file, row.stage, row.reason)))
+        finish(context, plan, jobs, parts, sorted(refused, key=lambda row: (row.file, row.stage, row.reason)))
     encoded = sum(len(part["records"]) for part in parts)
     roots = tuple(context.root(size) for size in config.resolutions)
     return Summary(encoded, len(refused), out / "report.html", roots, progress.rate())
 
 
-def _plan(config, folder: Path, out: Path, collection: Collection, encoders: Encoders, stop) -> dict[str, Any]:
+def _plan(config, folder: Path, out: Path, collection: Collection, encoders, workers, stop, keep) -> dict[str, Any]:
     """The stored plan, if it is of this configuration and these photographs; else a new one."""
     wanted = json.loads(json.dumps(plan_rules.fingerprint(config, encoders)))
     inputs = {item.id: item.caption(config.seed) for item in collection.items}
@@ -173,64 +224,51 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders: Enc
         plan_rules.refuse_difference(out, plan["fingerprint"], wanted)
         plan_rules.refuse_growth(folder, out, plan["inputs"], inputs)
         return plan
-    (out / "parts").mkdir(exist_ok=True)
-    plan = {"schema": records.SCHEMA, "fingerprint": wanted} | plan_rules.make_plan(config, collection, stop)
+    plan = {"schema": records.SCHEMA, "fingerprint": wanted} | plan_rules.make_plan(config, collection, workers, stop)
     plan["vision_width"] = plan["vision_width"] or encoders.vision.width
     plan["inputs"] = inputs
-    records.write_json(path, plan)
+    if keep:
+        (out / "parts").mkdir(exist_ok=True)
+        records.write_json(path, plan)
     return plan
 
 
-def _encode_shard(context: Context, job: Job, progress: Progress) -> None:
-    """Decode, encode and write one shard at every resolution; nothing is published before all of it is encoded."""
-    config, missing = context.config, context.missing(job)
+def _encode_shard(context: Context, job: Job, read: Iterator, progress: Progress) -> None:
+    """Encode and write one shard at every resolution; nothing is published before all of it is encoded.
+
+    Args:
+      context: what all shards share.
+      job: the shard.
+      read: (Task, Prepared or ImageProblem) of its pictures and of those after them, in order.
+      progress: told of every batch.
+    """
+    config, missing, speed = context.config, context.missing(job), Speed()
     part: dict[str, Any] = {"quarantine": [], "truncated": [], "records": [], "stats": {}}
     rows: dict[int, list] = {size: [] for size in config.resolutions}
     sums: dict[int, list[stats.Partial]] = {size: [] for size in config.resolutions}
-    batch: list[tuple[Item, Prepared]] = []
-    with ThreadPoolExecutor(config.decode_threads) as pool:
-        decoded = plan_rules.ahead(
-            pool, lambda entry: _prepare(context, job, entry), job.entries, config.decode_threads + 2
-        )
-        for place, (entry, found) in enumerate(decoded, 1):
-            if context.stop():
-                raise Stopped
-            if isinstance(found, Problem):
-                part["quarantine"].append(asdict(found))
-            else:
-                batch.append((context.items[entry[0]], found))
-            # Batches are counted in planned pictures, not in good ones: a refused one moves no other.
-            if place % config.batch_size == 0 or place == len(job.entries):
-                _encode_batch(context, job, (place - 1) // config.batch_size, batch, rows, sums, part)
-                batch = []
-                progress.step((place - 1) % config.batch_size + 1)
+    batch: list[tuple[Item, prepare.Prepared]] = []
+    for place, (task, found) in enumerate(speed.waiting(islice(read, len(job.entries))), 1):
+        if context.stop():
+            raise Stopped
+        if isinstance(found, images.ImageProblem):
+            stage = "vision" if isinstance(found, prepare.VectorProblem) else "decode"
+            part["quarantine"].append(asdict(Problem(task.id, stage, str(found))))
+        else:
+            batch.append((context.items[task.id], found))
+        # Batches are counted in planned pictures, not in good ones: a refused one moves no other.
+        if place % config.batch_size == 0 or place == len(job.entries):
+            encode_batch(context, job, (place - 1) // config.batch_size, batch, rows, sums, part)
+            batch = []
+            progress.step((place - 1) % config.batch_size + 1)
     part["stats"] = {size: stats.merge(sums[size]).to_json() for size in config.resolutions if sums[size]}
     records.write_json(context.part(job), part)
     for size in missing:
         name = context.bucket(job.shape, size)
         records.write_shard(context.root(size), name, job.number, rows[size], context.spec(job.shape, size))
+    speed.write(context.out, len(job.entries))
 
 
-def _prepare(context: Context, job: Job, entry: tuple[str, int, int]) -> Prepared | Problem:
-    item, config = context.items[entry[0]], context.config
-    try:
-        whole = images.decode(item.path, config.max_pixels)
-        if whole.shape[1::-1] != entry[1:]:
-            raise images.ImageProblem("the file has changed since the plan was made")
-        sizes = {size: buckets.pixels(job.shape, context.cells, size) for size in config.resolutions}
-        pixels = {size: images.resize(whole, *target) for size, target in sizes.items()}
-        if not config.vision.precomputed:
-            return Prepared(images.pixel_hash(whole), pixels, whole, None)
-        vector = plan_rules.read_vector(item.vision, context.vision_width)
-        flipped = vector if item.vision_flip is None else plan_rules.read_vector(item.vision_flip, context.vision_width)
-        return Prepared(images.pixel_hash(whole), pixels, None, (vector, flipped))
-    except images.ImageProblem as problem:
-        return Problem(item.id, "decode", str(problem))
-    except InputError as problem:
-        return Problem(item.id, "vision", str(problem))
-
-
-def _encode_batch(context: Context, job: Job, number: int, batch, rows, sums, part) -> None:
+def encode_batch(context: Context, job: Job, number: int, batch, rows, sums, part) -> None:
     """Append the records of one batch, at each resolution, to rows; their sums to sums; what the end needs to part."""
     if not batch:
         return
@@ -238,7 +276,7 @@ def _encode_batch(context: Context, job: Job, number: int, batch, rows, sums, pa
     bucket = context.bucket(job.shape, max(config.resolutions))
     where = f"bucket {bucket}, shard {job.number}, batch {number} ({batch[0][0].id} to {batch[-1][0].id})"
     plain = [item.caption(config.seed) for item, _ in batch]
-    flips = [captions.swap(text) if config.flip else None for text in plain]
+    flips = [captions.swap(text) if config.flip and item.flip else None for text, (item, _) in zip(plain, batch)]
     others = sorted({flip for flip, text in zip(flips, plain) if flip and flip != text})
     with _blaming("text encoder", where):
         tokens = [_bfloat16(value) for value in encoders.text.encode([*plain, *others])]
@@ -251,41 +289,44 @@ def _encode_batch(context: Context, job: Job, number: int, batch, rows, sums, pa
     with _blaming("vision encoder", where):
         vectors, vectors_flip = _vectors(context, [prepared for _, prepared in batch])
     for size in config.resolutions:
-        pixels = np.stack([prepared.pixels[size] for _, prepared in batch])
+        here = [place for place, (_, prepared) in enumerate(batch) if size in prepared.pixels]
+        if not here:
+            continue
+        pixels = np.stack([batch[place][1].pixels[size] for place in here])
         with _blaming(f"VAE at {size}", where):
             latents = _bfloat16(encoders.vae.encode(pixels))
             mirrored = _bfloat16(encoders.vae.encode(images.mirrored(pixels))) if config.flip else latents
-        for place, (item, prepared) in enumerate(batch):
-            flip = flips[place]
+        for place, latent, latent_flip in zip(here, latents, mirrored):
+            (item, prepared), flip = batch[place], flips[place]
             record = {
                 "id": item.id,
                 "caption": plain[place],
                 "caption_flip": flip or "",
-                "latent": latents[place],
-                "latent_flip": mirrored[place],
+                "latent": latent,
+                "latent_flip": latent_flip,
                 "text": tokens[place],
                 "text_flip": flip_tokens.get(flip, tokens[place][:0]),
                 "vision": vectors[place],
                 "vision_flip": vectors_flip[place],
-                "mask": np.zeros((0, 0), np.uint8),
+                "mask": prepared.masks[size],
                 "pixel_hash": prepared.pixel_hash,
             }
             rows[size].append(record)
-            sums[size] += [stats.partial(record[name]) for name in (("latent", "latent_flip") if flip else ("latent",))]
+            mask = prepared.masks[size]
+            sums[size].append(stats.partial(latent, mask))
+            sums[size] += [stats.partial(latent_flip, mask[:, ::-1])] if flip else []
     for place, (item, prepared) in enumerate(batch):
-        part["records"].append(
-            [item.id, prepared.pixel_hash, len(tokens[place]), len(flip_tokens.get(flips[place], ()))]
-        )
+        lengths = len(tokens[place]), len(flip_tokens.get(flips[place], ()))
+        part["records"].append([item.id, prepared.pixel_hash, *lengths, sorted(prepared.pixels)])
 
 
-def _vectors(context: Context, batch: Sequence[Prepared]) -> tuple[np.ndarray, np.ndarray]:
+def _vectors(context: Context, batch: Sequence[prepare.Prepared]) -> tuple[np.ndarray, np.ndarray]:
     """[batch, width] float32 vision vectors of the pictures and of their mirror images."""
     if context.config.vision.precomputed:
         return tuple(np.stack([prepared.vectors[side] for prepared in batch]) for side in (0, 1))
-    plain = _finite(context.encoders.vision.encode([prepared.whole for prepared in batch]))
-    if not context.config.flip:
-        return plain, plain
-    return plain, _finite(context.encoders.vision.encode([images.mirrored(prepared.whole) for prepared in batch]))
+    encode, whole = context.encoders.vision.encode_resized, [prepared.whole for prepared in batch]
+    plain = _finite(encode(whole))
+    return plain, _finite(encode([images.mirrored(pixels) for pixels in whole])) if context.config.flip else plain
 
 
 def _finite(values: Any) -> np.ndarray:
@@ -297,73 +338,6 @@ def _finite(values: Any) -> np.ndarray:
 
 def _bfloat16(values: Any) -> np.ndarray:
     return _finite(values).astype(ml_dtypes.bfloat16)
-
-
-def _finish(context: Context, plan, jobs: Sequence[Job], parts: Sequence[Mapping], refused: Sequence[Problem]) -> None:
-    """quarantine.jsonl, the buckets' TFDS metadata, the report, and dataset.json of each resolution, last."""
-    config, out = context.config, context.out
-    lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in refused)
-    temporary = out / ".quarantine.jsonl.tmp"
-    temporary.write_text(lines, encoding="utf-8")
-    records.publish(temporary, out / "quarantine.jsonl")
-    if not any(part["records"] for part in parts):
-        raise InputError(f"{config.images}: every input was refused; {out / 'quarantine.jsonl'} says why.")
-    datasets = {size: _dataset(context, plan, jobs, parts, size) for size in config.resolutions}
-    for size in config.resolutions:
-        for shape in sorted({job.shape for job in jobs}):
-            records.finish_bucket(context.root(size), context.bucket(shape, size), context.spec(shape, size))
-    page = report.build(context, plan, jobs, parts, refused, datasets)
-    (out / ".report.html.tmp").write_text(page, encoding="utf-8")
-    records.publish(out / ".report.html.tmp", out / "report.html")
-    for size in config.resolutions:
-        records.write_json(context.root(size) / "dataset.json", datasets[size])
-
-
-def _dataset(context: Context, plan, jobs, parts, resolution: int) -> dict[str, Any]:
-    """The content of dataset.json."""
-    config, rows = context.config, [row for part in parts for row in part["records"]]
-    found = stats.merge([stats.Partial.from_json(part["stats"][str(resolution)]) for part in parts if part["stats"]])
-    mean, std, flat = stats.mean_and_std(found)
-    if flat:
-        log.warning("Latent channels %s never change; their deviation is set to %g.", flat, stats.FLOOR)
-    shapes: dict[tuple, dict] = {}
-    for job, part in zip(jobs, parts):
-        width, height = buckets.pixels(job.shape, context.cells, resolution)
-        latent = [height // 8, width // 8, context.encoders.vae.channels]
-        bucket = shapes.setdefault(job.shape, {"count": 0, "shards": 0, "latent": latent})
-        bucket["count"] += len(part["records"])
-        bucket["shards"] += 1
-    widths = {
-        "latent": context.encoders.vae.channels,
-        "text": context.encoders.text.width,
-        "vision": context.vision_width,
-    }
-    fields = {name: {"shape": [], "dtype": "str"} for name in records.STRINGS}
-    for name in records.ARRAYS:
-        kind = name.removesuffix("_flip")
-        shape = {"latent": [None, None], "text": [None], "vision": [], "mask": [None, None]}[kind]
-        dtype = {"latent": "bfloat16", "text": "bfloat16", "vision": "float32", "mask": "uint8"}[kind]
-        fields[name] = {"shape": shape + ([widths[kind]] if kind in widths else []), "dtype": dtype}
-    settings = config.to_dict()
-    for name in ("vae", "text", "vision"):  # the data set is sampled from another folder than it was made in
-        settings[name]["path"] = settings[name]["path"] and os.path.abspath(os.path.expanduser(settings[name]["path"]))
-    return {
-        "schema": records.SCHEMA,
-        "resolution": resolution,
-        "count": len(rows),
-        "fields": fields,
-        "fingerprint": plan["fingerprint"]["encoders"] | plan["fingerprint"]["rules"],
-        "encoders": {name: settings[name] for name in ("vae", "text", "vision")},
-        "latent_mean": mean,
-        "latent_std": std,
-        "latent_count": found.count,
-        "latent_statistics": "over latent, and over latent_flip where the sample may be flipped",
-        "buckets": {context.bucket(shape, resolution): value for shape, value in shapes.items() if value["count"]},
-        "widths": widths,
-        "text_longest": max(max(row[2], row[3]) for row in rows),
-        "duplicates": sum(count - 1 for count in Counter(row[1] for row in rows).values()),
-        "config": {name: value for name, value in settings.items() if name != "out"},
-    }
 
 
 @contextlib.contextmanager

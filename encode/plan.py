@@ -6,55 +6,44 @@ other encoders or other photographs are refused by name instead of being mixed i
 
 from __future__ import annotations
 
-import json
-from collections import deque
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from encode import buckets, captions, images
-from encode.records import InputError
+from encode import buckets, captions, images, prepare
+from encode.leg import Progress
+from encode.records import InputError, bucket_name
 from encode.source import Collection, Item, Problem
+from encode.workers import Workers
 
-FREE = ("images", "out", "batch_size", "decode_threads", "vae.path", "text.path", "vision.path")  # may change on resume
+log = logging.getLogger(__name__)
+# May change while a run goes on: they decide how fast it is, and which files fail, but not what a record holds.
+FREE = ("images", "out", "batch_size", "vae.path", "text.path", "vision.path")
+FREE += ("decode_workers", "decode_seconds", "decode_memory")
+HEADERS = 32  # headers that a worker reads at a time
+Sizes = dict[str, tuple[int, int]]
 
 
 class Stopped(Exception):
     """A stop was asked for; what is finished is on disk (exit code 3)."""
 
 
-def make_plan(config: Any, collection: Collection, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def make_plan(config: Any, collection: Collection, workers: Workers, stop: Callable[[], bool] = lambda: False) -> dict:
     """Sizes -> buckets -> shards; the same for the same photographs and configuration."""
     cells = buckets.cells_across(config.resolutions)
-    refused, sizes, width = list(collection.problems), {}, 0
-    with ThreadPoolExecutor(config.decode_threads) as pool:
-        for item, found in ahead(pool, lambda item: _size(item, config.max_pixels), collection.items, 64):
-            if stop():
-                raise Stopped
-            if isinstance(found, Problem):
-                refused.append(found)
-            elif config.vision.precomputed and item.vision is None:
-                refused.append(
-                    Problem(
-                        item.id, "vision", "no precomputed vector NAME.dino.npy, but config.vision.precomputed is set"
-                    )
-                )
-            else:
-                sizes[item.id] = found
-                width = width or (len(read_vector(item.vision)) if config.vision.precomputed else 0)
-    shapes = buckets.choose([columns / rows for columns, rows in sizes.values()], config.max_buckets, cells)
-    members: dict[tuple[int, int], list] = {shape: [] for shape in shapes}
-    for name in sorted(sizes):
-        shape, distortion = buckets.assign(sizes[name][0] / sizes[name][1], shapes)
-        if distortion > config.max_distortion:
-            reason = f"aspect ratio {sizes[name][0]}:{sizes[name][1]} is {distortion:.2f} times off the nearest bucket"
-            refused.append(Problem(name, "aspect ratio", f"{reason}, config.max_distortion is {config.max_distortion}"))
+    refused, sizes, width = list(collection.problems), {}, None
+    for item, found in _scan(collection.items, config.max_pixels, workers, stop):
+        problem = Problem(item.id, "decode", str(found)) if isinstance(found, images.ImageProblem) else None
+        if problem is None and config.vision.precomputed:
+            problem, width = _vector_width(item, width)
+        if problem is None:
+            sizes[item.id] = found
         else:
-            members[shape].append([name, *sizes[name]])
+            refused.append(problem)
+    members, unfit = _assign(config, cells, sizes)
+    refused += unfit
     shards = [
         {
             "bucket": list(shape),
@@ -70,14 +59,93 @@ def make_plan(config: Any, collection: Collection, stop: Callable[[], bool] = la
             f"{config.images}: every input was refused ({len(refused)} of {len(refused)}), the first one {first.file}: "
             f"{first.reason}."
         )
-    return {"cells": cells, "vision_width": width, "shards": shards, "quarantine": [asdict(row) for row in refused]}
+    return {
+        "cells": cells,
+        "vision_width": width or 0,
+        "others": dict(collection.others),
+        "shards": shards,
+        "quarantine": [asdict(row) for row in refused],
+    }
 
 
-def _size(item: Item, max_pixels: int) -> tuple[int, int] | Problem:
+def _scan(items: Sequence[Item], max_pixels: int, workers: Workers, stop) -> Iterator[tuple[Item, Any]]:
+    """Each item with its upright size, or the ImageProblem; a worker that dies of a header costs only that picture."""
+    progress = Progress("pictures measured", len(items), len(items))
+    chunks = [items[start : start + HEADERS] for start in range(0, len(items), HEADERS)]
+    work = [(tuple(item.path for item in chunk), max_pixels) for chunk in chunks]
+    for chunk, (asked, found) in zip(chunks, workers.map(prepare.sizes, work, 4 * workers.count)):
+        if stop():
+            raise Stopped
+        if isinstance(found, images.ImageProblem):
+            alone = workers.map(prepare.sizes, [((path,), max_pixels) for path in asked[0]], 2 * workers.count)
+            found = [one if isinstance(one, images.ImageProblem) else one[0] for _, one in alone]
+        yield from zip(chunk, found)
+        progress.step(len(chunk))
+
+
+def _vector_width(item: Item, width: int | None) -> tuple[Problem | None, int | None]:
+    """What is wrong with a picture's precomputed vector, and the width that all must have: the first one's."""
+    if item.vision is None:
+        reason = "no precomputed vector NAME.dino.npy, but config.vision.precomputed is set"
+        return Problem(item.id, "vision", reason), width
+    if width is not None:
+        return None, width
     try:
-        return images.size(item.path, max_pixels)
+        return None, len(prepare.read_vector(item.vision))
     except images.ImageProblem as problem:
-        return Problem(item.id, "decode", str(problem))
+        return Problem(item.id, "vision", str(problem)), None
+
+
+def _assign(config: Any, cells: int, sizes: Sizes) -> tuple[dict[buckets.Shape, list], list[Problem]]:
+    """{bucket: [id, width, height] of its pictures, by id}, and the pictures that fit none."""
+    largest = max(config.resolutions)
+    if config.buckets:
+        shapes = buckets.forced(config.buckets, cells, largest)
+    else:
+        shapes = buckets.choose([columns / rows for columns, rows in sizes.values()], config.max_buckets, cells)
+    members: dict[buckets.Shape, list] = {shape: [] for shape in shapes}
+    refused, small = [], Counter()
+    for name in sorted(sizes):
+        width, height = sizes[name]
+        shape, distortion = buckets.assign(width / height, shapes)
+        if distortion > config.max_distortion and not config.pad:
+            reason = f"aspect ratio {width}:{height} is {distortion:.2f} times off the nearest bucket"
+            refused.append(Problem(name, "aspect ratio", f"{reason}, config.max_distortion is {config.max_distortion}"))
+            continue
+        wanted, _ = targets(config, cells, shape, (width, height))
+        if wanted:
+            members[shape].append([name, width, height])
+            small.update(set(config.resolutions) - set(wanted))
+        else:
+            bucket = bucket_name(*buckets.pixels(shape, cells, min(config.resolutions)))
+            reason = f"too small: {width} x {height} pixels for its bucket {bucket}"
+            refused.append(Problem(name, "too small", f"{reason}, config.max_upscale is {config.max_upscale}"))
+    for resolution in config.resolutions:
+        if sizes and small[resolution] == sum(map(len, members.values())) > 0:
+            raise InputError(
+                f"config.resolutions: no picture is large enough for {resolution} (config.max_upscale is "
+                f"{config.max_upscale}); leave it out, or allow more."
+            )
+    for resolution, count in sorted(small.items()):
+        log.info("%d pictures are too small for %d and are left out there.", count, resolution)
+    return members, refused
+
+
+def targets(config: Any, cells: int, shape: buckets.Shape, size: tuple[int, int]) -> tuple[dict[int, Any], bool]:
+    """Where and how a picture of a bucket is written.
+
+    Returns:
+      {resolution: (width, height) of the bucket}, without those that would enlarge the picture beyond config.max_upscale;
+      and whether it is padded instead of stretched.
+    """
+    pad = buckets.assign(size[0] / size[1], [shape])[1] > config.max_distortion
+    found = {}
+    for resolution in config.resolutions:
+        bucket = buckets.pixels(shape, cells, resolution)
+        scales = [side / own for side, own in zip(bucket, size)]
+        if (min(scales) if pad else max(scales)) <= config.max_upscale:
+            found[resolution] = bucket
+    return found, pad
 
 
 def fingerprint(config: Any, encoders: Any) -> dict[str, Any]:
@@ -117,38 +185,3 @@ def refuse_growth(folder: Path, out: Path, stored: Mapping[str, str], found: Map
             f"{len(changed)} with another caption (the first: {first}). Put it back to go on, or encode all of it into a new "
             "config.out; nothing was changed."
         )
-
-
-def read_vector(path: Path, width: int | None = None) -> np.ndarray:
-    """[width] float32 from NAME.dino.npy, or from the key dino of NAME.json."""
-    try:
-        value = (
-            json.loads(path.read_text("utf-8-sig"))["dino"]
-            if path.suffix == ".json"
-            else np.load(path, allow_pickle=False)
-        )
-        vector = np.asarray(value, np.float32)
-    except (OSError, ValueError, TypeError, EOFError) as error:
-        raise InputError(f"{path.name}: no vector can be read ({error})") from error
-    if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
-        raise InputError(f"{path.name}: a vector of finite numbers is wanted, found shape {list(vector.shape)}")
-    if width is not None and len(vector) != width:
-        raise InputError(f"{path.name}: {len(vector)} numbers found, {width} in the first picture's vector")
-    return vector
-
-
-def ahead(pool: ThreadPoolExecutor, function: Callable, work: Sequence, depth: int) -> Iterator[tuple[Any, Any]]:
-    """(input, function(input)) in order, computed up to `depth` inputs ahead."""
-    pending: deque = deque()
-    try:
-        for value in work:
-            pending.append((value, pool.submit(function, value)))
-            if len(pending) >= depth:
-                value, future = pending.popleft()
-                yield value, future.result()
-        while pending:
-            value, future = pending.popleft()
-            yield value, future.result()
-    finally:
-        for _, future in pending:
-            future.cancel()

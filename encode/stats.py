@@ -1,7 +1,8 @@
-"""Mean and standard deviation per latent channel, in float64, exact in whatever order the parts are merged.
+"""Mean and standard deviation per latent channel, exact in whatever order and grouping the parts are merged.
 
-Every shard keeps its own sums, so a resumed run never reads a shard again. Sums of parts are taken with math.fsum, which
-rounds once, so the order in which shards were encoded does not change a bit of the result.
+Every shard keeps its own sums, so a resumed run never reads a shard again. A latent is summed in float64; the sums of
+latents are added as fractions, which never round, so neither the order of the shards nor how many processes shared them
+out changes a bit of the result.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -20,15 +22,15 @@ class Partial:
     """Sums over the picture positions of some latents: how many, and per channel the sum and the sum of squares."""
 
     count: int
-    total: tuple[float, ...]
-    square: tuple[float, ...]
+    total: tuple[Fraction, ...]
+    square: tuple[Fraction, ...]
 
     def to_json(self) -> dict:
-        return {"count": self.count, "total": list(self.total), "square": list(self.square)}
+        return {"count": self.count, "total": [*map(str, self.total)], "square": [*map(str, self.square)]}
 
     @staticmethod
     def from_json(value: dict) -> Partial:
-        return Partial(value["count"], tuple(value["total"]), tuple(value["square"]))
+        return Partial(value["count"], tuple(map(Fraction, value["total"])), tuple(map(Fraction, value["square"])))
 
 
 def partial(latent: np.ndarray, mask: np.ndarray | None = None) -> Partial:
@@ -40,7 +42,10 @@ def partial(latent: np.ndarray, mask: np.ndarray | None = None) -> Partial:
     """
     values = np.asarray(latent).astype(np.float64)
     rows = values.reshape(-1, values.shape[-1]) if mask is None or not np.size(mask) else values[np.asarray(mask) == 1]
-    return Partial(len(rows), tuple(rows.sum(0).tolist()), tuple((rows * rows).sum(0).tolist()))
+    total, square = rows.sum(0), (rows * rows).sum(0)
+    if not (np.isfinite(total).all() and np.isfinite(square).all()):
+        raise ValueError("the latent is not finite")
+    return Partial(len(rows), tuple(map(Fraction, total.tolist())), tuple(map(Fraction, square.tolist())))
 
 
 def merge(parts: Iterable[Partial]) -> Partial:
@@ -51,8 +56,8 @@ def merge(parts: Iterable[Partial]) -> Partial:
     columns = range(len(parts[0].total))
     return Partial(
         sum(part.count for part in parts),
-        tuple(math.fsum(part.total[column] for part in parts) for column in columns),
-        tuple(math.fsum(part.square[column] for part in parts) for column in columns),
+        tuple(sum(part.total[column] for part in parts) for column in columns),
+        tuple(sum(part.square[column] for part in parts) for column in columns),
     )
 
 
@@ -60,15 +65,15 @@ def mean_and_std(sums: Partial) -> tuple[list[float], list[float], list[int]]:
     """Mean, standard deviation (population) and the channels whose deviation was raised to FLOOR.
 
     Raises:
-      ValueError: the sums cover no position, or are not finite.
+      ValueError: the sums cover no position.
     """
-    if not sums.count or not np.isfinite([*sums.total, *sums.square]).all():
-        raise ValueError("the latents cover no picture, or are not finite; statistics are impossible")
+    if not sums.count:
+        raise ValueError("the latents cover no picture; statistics are impossible")
     mean = [total / sums.count for total in sums.total]
     variance = [square / sums.count - centre * centre for square, centre in zip(sums.square, mean)]
-    std = [math.sqrt(max(value, 0.0)) for value in variance]
+    std = [math.sqrt(max(value, 0)) for value in variance]
     flat = flat_channels(std)
-    return mean, [max(value, FLOOR) for value in std], flat
+    return [*map(float, mean)], [max(value, FLOOR) for value in std], flat
 
 
 def flat_channels(std: Sequence[float]) -> list[int]:

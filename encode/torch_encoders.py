@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from encode.prepare import Resizing
 from encode.records import InputError
 
 VAE_PIXELS = 4 * 1024 * 1024  # in one go; more are taken in parts
@@ -203,9 +203,10 @@ class DINOv3Vision(_Encoder):
         weights = _weights_hash("vision", folder, "model")
         module = _load("vision", folder, transformers.DINOv3ViTModel)
         self.width = config["hidden_size"]
-        self._patch, self._area = config["patch_size"], area
-        if area < self._patch**2:
-            raise InputError(f"vision.area={area}: at least one patch of {self._patch**2} pixels is needed.")
+        patch = config["patch_size"]
+        if area < patch**2:
+            raise InputError(f"vision.area={area}: at least one patch of {patch**2} pixels is needed.")
+        self.resizing = Resizing(area, patch, self._settings["resample"])
         self.fingerprint = {
             "id": "dinov3",
             "weights": weights,
@@ -218,6 +219,10 @@ class DINOv3Vision(_Encoder):
 
     def encode(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """[height, width, 3] uint8 sRGB pictures of any sizes, upright -> [n, width] float32."""
+        return self.encode_resized([self.resizing(pixels) for pixels in pictures])
+
+    def encode_resized(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """The same of pictures that went through `resizing` already."""
         self._prove(len(pictures))
         return self._encode(pictures)
 
@@ -232,16 +237,12 @@ class DINOv3Vision(_Encoder):
         return found
 
     def preprocess(self, pixels: np.ndarray) -> np.ndarray:
-        """[height, width, 3] uint8 -> [3, height', width'] float32: resized without a crop, rescaled, normalised."""
-        height, width = pixels.shape[:2]
-        scale = (self._area / (height * width)) ** 0.5
-        size = [max(1, round(side * scale / self._patch)) * self._patch for side in (width, height)]
-        resized = np.asarray(Image.fromarray(pixels).resize(size, self._settings["resample"]), np.float32)
-        values = resized * self._settings["rescale_factor"] - np.float32(self._settings["image_mean"])
+        """[height, width, 3] uint8, resized -> [3, height, width] float32: rescaled and normalised."""
+        values = pixels.astype(np.float32) * self._settings["rescale_factor"] - np.float32(self._settings["image_mean"])
         return (values / np.float32(self._settings["image_std"])).transpose(2, 0, 1)
 
     def _probe(self) -> np.ndarray:
-        return self._encode([_sample_picture(256, 256), _sample_picture(192, 320)]).ravel()
+        return self._encode([self.resizing(_sample_picture(*size)) for size in ((256, 256), (192, 320))]).ravel()
 
 
 def _dtype(kind: str, name: str) -> torch.dtype:

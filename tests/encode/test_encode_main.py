@@ -69,6 +69,13 @@ def test_a_folder_becomes_a_data_set_that_decodes_to_its_pictures(tmp_path):
         ("--config.batch_size=0", "config.batch_size=0: at least 1"),
         ("--config.resolutions=(100,)", "not a multiple of 16"),
         ("--config.max_distortion=0.5", "max_distortion"),
+        ("--config.max_upscale=0.0", "max_upscale"),
+        ("--config.decode_seconds=0.0", "decode_seconds"),
+        ("--config.decode_memory=1", "decode_memory=1: at least 64"),
+        ("--config.decode_workers=-1", "decode_workers=-1: at least 0"),
+        ("--config.buckets=((100,128),)", "config.buckets=((100, 128),): 100x128: both sides must be multiples of 16"),
+        ("--config.buckets=((128,),)", "is not a pair"),
+        ("--config.buckets=((1024,1024),)", "not near"),
         ("--config.vae.name=nothing", "nothing"),
         ("--config.images=/does/not/exist", "does not exist"),
         ("surplus", "surplus"),
@@ -98,7 +105,7 @@ def test_another_configuration_exits_with_2_and_both_values(photographs, tmp_pat
 
 
 def test_sigkill_at_random_points_gives_the_same_bytes(photographs, tmp_path):
-    small = ("--config.shard_size=1", "--config.resolutions=(128,256)")
+    small = ("--config.shard_size=1", "--config.resolutions=(128,256)", "--config.max_upscale=9.0")
     assert _call(photographs, tmp_path / "calm", *small).returncode == 0
     draw, kills, finished = random.Random(1), 0, {}
     for attempt in range(30):
@@ -122,7 +129,7 @@ def test_sigkill_at_random_points_gives_the_same_bytes(photographs, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_with_3_and_the_next_call_goes_on(photographs, tmp_path, number):
-    small = ("--config.shard_size=1", "--config.resolutions=(128,256)")
+    small = ("--config.shard_size=1", "--config.resolutions=(128,256)", "--config.max_upscale=9.0")
     process = subprocess.Popen(
         _command(photographs, tmp_path / "out", *small), cwd=ROOT, stderr=subprocess.PIPE, text=True
     )

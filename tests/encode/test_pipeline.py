@@ -134,7 +134,7 @@ def test_a_finished_run_does_nothing_again(undisturbed, images):
 
 
 def test_bytes_do_not_depend_on_the_batch_or_the_threads(images, undisturbed, tmp_path):
-    _run(images, tmp_path / "out", resolutions=(128, 256), batch_size=1, decode_threads=5)
+    _run(images, tmp_path / "out", resolutions=(128, 256), batch_size=1, decode_workers=5)
     ours, theirs = fakes.tree(tmp_path / "out"), fakes.tree(undisturbed)
     assert [name for name in ours if ours[name] != theirs.get(name)] == [
         "128/dataset.json",
@@ -327,7 +327,7 @@ def test_latents_that_are_not_finite_stop_the_run(tmp_path):
 def test_a_stop_keeps_what_is_finished(tmp_path):
     images = fakes.photographs(tmp_path / "in", 8)
     _run(images, tmp_path / "calm")
-    asked = iter([False] * 14)
+    asked = iter([False] * 6)
     with pytest.raises(pipeline.Stopped):
         _run(images, tmp_path / "out", stop=lambda: next(asked, True))
     assert list((tmp_path / "out").rglob("latents-*"))
@@ -458,7 +458,7 @@ def test_no_file_of_the_user_is_ever_changed(tmp_path):
 def test_progress_counts_what_earlier_legs_did(tmp_path, caplog):
     caplog.set_level("INFO")
     images = fakes.photographs(tmp_path / "in", 8)
-    asked = iter([False] * 14)
+    asked = iter([False] * 6)
     with pytest.raises(pipeline.Stopped):
         _run(images, tmp_path / "out", stop=lambda: next(asked, True))
     caplog.clear()
@@ -475,5 +475,5 @@ def test_a_thousand_bad_inputs_are_one_line(tmp_path, caplog):
     summary = _run(images, tmp_path / "out")
     assert summary.refused == len(_refused(tmp_path / "out")) == 1000
     assert sum("refused" in line for line in caplog.messages) == 1
-    assert len(caplog.messages) < 20
+    assert sum(record.name.startswith("encode") for record in caplog.records) < 20  # others are silenced on the console
     assert time.monotonic() - start < 20

@@ -184,12 +184,12 @@ def test_vision_sees_what_the_models_own_processor_would_give(folders, vision):
     assert vector.shape == (tiny_models.VISION_WIDTH,) and vector.dtype == np.float32
     assert _cosine(vector, wanted) > 0.999
     assert all(_cosine(vector, other) < 0.999 for other in wrong)
-    assert np.abs(vision.preprocess(pixels) - right[0].numpy()).max() < 0.02  # a level of 8 bits
+    assert np.abs(vision.preprocess(vision.resizing(pixels)) - right[0].numpy()).max() < 0.02  # a level of 8 bits
 
 
 def test_vision_takes_the_whole_picture_at_the_area_of_the_configuration(vision):
     for height, width in ((300, 300), (200, 600), (900, 90), (20, 20)):
-        shape = vision.preprocess(np.zeros((height, width, 3), np.uint8)).shape
+        shape = vision.preprocess(vision.resizing(np.zeros((height, width, 3), np.uint8))).shape
         assert shape[1] % 16 == 0 and shape[2] % 16 == 0
         assert 0.6 < shape[1] * shape[2] / 96**2 < 1.5
     pixels = _photograph(200, 600)

@@ -27,6 +27,12 @@ def test_the_order_does_not_change_a_bit():
     assert stats.merge(parts) == stats.merge(shuffled)
 
 
+def test_the_grouping_does_not_change_a_bit():
+    parts = [stats.partial(latent) for latent in _latents(50)]
+    for shards in (1, 3, 7):
+        assert stats.merge(stats.merge(parts[shard::shards]) for shard in range(shards)) == stats.merge(parts)
+
+
 def test_a_part_survives_json_exactly():
     part = stats.partial(_latents(1)[0])
     assert stats.Partial.from_json(part.to_json()) == part
@@ -39,7 +45,7 @@ def test_only_the_picture_counts():
     mask[:, :2] = 1
     part = stats.partial(latent, mask)
     assert part.count == 8
-    assert part.total == (8.0, 8.0)
+    assert part.total == (8, 8)
     assert stats.partial(latent, np.zeros((0, 0), np.uint8)).count == 16
 
 

@@ -1,0 +1,158 @@
+"""What an encode run would be, before anything is written: pictures, buckets, refusals, disk and time.
+
+Sizes come from all headers, time and bytes from really encoding a few batches of the fullest bucket, kept elsewhere.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from encode import buckets, images, pipeline, prepare, records
+from encode import plan as plan_rules
+from encode.leg import span
+from encode.workers import Workers
+
+BATCHES = 3  # encoded to measure; the first warms up
+NAMED = 10  # refused inputs shown
+
+
+def estimate(config: Any, encoders: pipeline.Encoders, stop: Callable[[], bool] = lambda: False) -> str:
+    """The text that --dry_run prints.
+
+    Raises:
+      InputError: as `pipeline.run`.
+      WorkFailed: an encoder failed.
+      Stopped: as asked.
+    """
+    with Workers(config.decode_workers, config.decode_seconds, config.decode_memory) as workers:
+        context, plan, jobs = pipeline.begin(config, encoders, workers, stop, keep=False)
+        todo = [job for job in jobs if context.missing(job) or not context.part(job).exists()]
+        decoding, encoding, record_bytes = _measure(context, jobs)
+    entries = [(job.shape, entry) for job in jobs for entry in job.entries]
+    left = sum(len(job.entries) for job in todo)
+    written = {size: 0 for size in config.resolutions}
+    for shape, (_, width, height) in entries:
+        for size in plan_rules.targets(config, context.cells, shape, (width, height))[0]:
+            written[size] += 1
+    lines = [
+        "Dry run: nothing was written.",
+        f"Pictures   {len(entries):,} to encode, {len(plan['quarantine']):,} inputs refused so far"
+        + (f"; {len(entries) - left:,} are encoded already" if left < len(entries) else ""),
+        *_refused(plan["quarantine"]),
+        *_buckets(context, jobs),
+        f"Stretch    {_stretch(config, entries)}",
+        *_disk(context, written, record_bytes),
+        _time(left, decoding, encoding),
+    ]
+    return "\n".join(lines)
+
+
+def _measure(context: pipeline.Context, jobs: Sequence[pipeline.Job]) -> tuple[float, float, dict[int, float]]:
+    """Seconds a picture of decoding (all workers) and of encoding, and bytes a record at each resolution."""
+    config = context.config
+    pictures = Counter()
+    for job in jobs:
+        pictures[job.shape] += len(job.entries)
+    fullest = max(pictures, key=lambda shape: (pictures[shape], shape))
+    entries = [(job, entry) for job in jobs if job.shape == fullest for entry in job.entries]
+    step = max(1, len(entries) // (BATCHES * config.batch_size))
+    sample = entries[::step][: BATCHES * config.batch_size]
+    tasks = [context.task(job, entry) for job, entry in sample]
+    list(context.workers.map(prepare.prepare, tasks[:1], 1))  # starts the processes
+    began = time.monotonic()
+    read = list(context.workers.map(prepare.prepare, tasks, len(tasks)))
+    decoding = (time.monotonic() - began) / len(tasks)
+    good = [(context.items[task.id], found) for task, found in read if not isinstance(found, images.ImageProblem)]
+    timed: list[tuple[float, int]] = []
+    rows, sums = ({size: [] for size in config.resolutions} for _ in range(2))
+    for number, start in enumerate(range(0, len(good), config.batch_size)):
+        batch = good[start : start + config.batch_size]
+        part: dict[str, list] = {"quarantine": [], "truncated": [], "records": []}
+        began = time.monotonic()
+        pipeline.encode_batch(context, sample[0][0], number, batch, rows, sums, part)
+        timed.append((time.monotonic() - began, len(batch)))
+    warm = [one for one in timed[1:] if one[1] == config.batch_size] or timed
+    encoding = sum(seconds for seconds, _ in warm) / max(1, sum(count for _, count in warm))
+    return decoding, encoding, {size: _bytes_a_record(context, fullest, size, rows[size]) for size in rows}
+
+
+def _bytes_a_record(context: pipeline.Context, shape: buckets.Shape, resolution: int, rows: Sequence) -> float:
+    """What a record takes in a shard, which is compressed: a shard of the sample is written aside and measured."""
+    if not rows:
+        return 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        bucket = context.bucket(shape, resolution)
+        records.write_shard(Path(folder), bucket, 0, rows, context.spec(shape, resolution))
+        return records.shard_path(Path(folder), bucket, 0).stat().st_size / len(rows)
+
+
+def _refused(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    kinds = Counter(f"{row['stage']}: {row['reason'].split(':')[0].split('(')[0].strip()}" for row in rows).most_common(
+        8
+    )
+    lines = [f"  {count:>8,}  {kind}" for kind, count in kinds]
+    lines += [f"            {row['file']}: {row['reason']}" for row in rows[:NAMED]]
+    return lines + ([f"            and {len(rows) - NAMED:,} more"] if len(rows) > NAMED else [])
+
+
+def _buckets(context: pipeline.Context, jobs: Sequence[pipeline.Job]) -> list[str]:
+    pictures = Counter()
+    for job in jobs:
+        pictures[job.shape] += len(job.entries)
+    largest = max(context.config.resolutions)
+    shapes = sorted(pictures, key=lambda shape: shape[0] / shape[1])
+    return [f"Buckets    {len(shapes)}, at {largest}:"] + [
+        f"  {pictures[shape]:>8,}  {context.bucket(shape, largest)}" for shape in shapes
+    ]
+
+
+def _stretch(config: Any, entries: Sequence) -> str:
+    stretch = [buckets.assign(width / height, [shape])[1] for shape, (_, width, height) in entries]
+    padded = sum(value > config.max_distortion for value in stretch)
+    kept = [value for value in stretch if value <= config.max_distortion]
+    words = f"{padded:,} padded with noise" if padded else ""
+    if kept:
+        middle, high, worst = ((value - 1) * 100 for value in (*np.quantile(kept, (0.5, 0.95)), max(kept)))
+        numbers = f"{middle:.1f}% in the middle, {high:.1f}% at the 95th of a hundred, {worst:.1f}% at most"
+        words = f"{numbers}; {words}" if words else numbers
+    return words
+
+
+def _disk(context: pipeline.Context, written: Mapping[int, int], record_bytes: Mapping[int, float]) -> list[str]:
+    need = {size: count * record_bytes[size] for size, count in written.items()}
+    folder = context.out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    each = ", ".join(f"{amount(need[size])} at {size} ({written[size]:,} records)" for size in sorted(need))
+    line = (
+        f"Disk       {amount(sum(need.values()))} in all: {each}; {amount(free)} are free on the disk of {context.out}"
+    )
+    return [line] + (["           which is not enough."] if sum(need.values()) > free else [])
+
+
+def _time(left: int, decoding: float, encoding: float) -> str:
+    if not left:
+        return "Time       everything is encoded already"
+    slower = max(decoding, encoding)
+    limit = "the encoders" if encoding >= decoding else "reading the pictures"
+    return (
+        f"Time       about {span(left * slower)} for {left:,} pictures at {1 / slower:.1f} a second, limited by {limit} (reading "
+        f"alone {1 / decoding:.1f} a second, encoding alone {1 / encoding:.1f})"
+    )
+
+
+def amount(count: float) -> str:
+    """Bytes as a person says them."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1024:,.0f} KiB"

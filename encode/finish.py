@@ -1,0 +1,95 @@
+"""The end of an encode run: quarantine.jsonl, the buckets' metadata, the page, and dataset.json, whose presence means done."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from encode import buckets, records, report, stats
+from encode.records import InputError
+from encode.source import Problem
+
+log = logging.getLogger(__name__)
+
+
+def finish(context: Context, plan, jobs: Sequence[Job], parts: Sequence[Mapping], refused: Sequence[Problem]) -> None:
+    """quarantine.jsonl, the buckets' TFDS metadata, the report, and dataset.json of each resolution, last."""
+    config, out = context.config, context.out
+    lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in refused)
+    temporary = out / ".quarantine.jsonl.tmp"
+    temporary.write_text(lines, encoding="utf-8")
+    records.publish(temporary, out / "quarantine.jsonl")
+    if not any(part["records"] for part in parts):
+        raise InputError(f"{config.images}: every input was refused; {out / 'quarantine.jsonl'} says why.")
+    datasets = {size: _dataset(context, plan, jobs, parts, size) for size in config.resolutions}
+    for size in config.resolutions:
+        for shape in sorted({job.shape for job in jobs}):
+            records.finish_bucket(context.root(size), context.bucket(shape, size), context.spec(shape, size))
+    page = report.build(context, plan, jobs, parts, refused, datasets)
+    (out / ".report.html.tmp").write_text(page, encoding="utf-8")
+    records.publish(out / ".report.html.tmp", out / "report.html")
+    for size in config.resolutions:
+        records.write_json(context.root(size) / "dataset.json", datasets[size])
+
+
+def _dataset(context: Context, plan, jobs, parts, resolution: int) -> dict[str, Any]:
+    """The content of dataset.json."""
+    config, rows = context.config, [row for part in parts for row in part["records"] if resolution in row[4]]
+    if not rows:
+        raise InputError(
+            f"{config.images}: every picture for resolution {resolution} was refused; {context.out / 'quarantine.jsonl'} says "
+            "why. Encode into a new config.out without it."
+        )
+    sums = [part["stats"].get(str(resolution)) for part in parts]
+    found = stats.merge([stats.Partial.from_json(value) for value in sums if value])
+    mean, std, flat = stats.mean_and_std(found)
+    if flat:
+        log.warning("Latent channels %s never change; their deviation is set to %g.", flat, stats.FLOOR)
+    shapes: dict[tuple, dict] = {}
+    for job, part in zip(jobs, parts):
+        width, height = buckets.pixels(job.shape, context.cells, resolution)
+        latent = [height // 8, width // 8, context.encoders.vae.channels]
+        bucket = shapes.setdefault(job.shape, {"count": 0, "shards": 0, "latent": latent})
+        bucket["count"] += sum(resolution in row[4] for row in part["records"])
+        bucket["shards"] += 1
+    widths = {
+        "latent": context.encoders.vae.channels,
+        "text": context.encoders.text.width,
+        "vision": context.vision_width,
+    }
+    settings = config.to_dict()
+    for name in ("vae", "text", "vision"):  # the data set is sampled from another folder than it was made in
+        settings[name]["path"] = settings[name]["path"] and os.path.abspath(os.path.expanduser(settings[name]["path"]))
+    return {
+        "schema": records.SCHEMA,
+        "resolution": resolution,
+        "count": len(rows),
+        "fields": _fields(widths),
+        "fingerprint": plan["fingerprint"]["encoders"] | plan["fingerprint"]["rules"],
+        "encoders": {name: settings[name] for name in ("vae", "text", "vision")},
+        "latent_mean": mean,
+        "latent_std": std,
+        "latent_count": found.count,
+        "latent_statistics": "over latent, and over latent_flip where the sample may be flipped",
+        "buckets": {context.bucket(shape, resolution): value for shape, value in shapes.items() if value["count"]},
+        "widths": widths,
+        "text_longest": max(max(row[2], row[3]) for row in rows),
+        "duplicates": sum(count - 1 for count in Counter(row[1] for row in rows).values()),
+        "config": {name: value for name, value in settings.items() if name != "out"},
+    }
+
+
+def _fields(widths: Mapping[str, int]) -> dict[str, Any]:
+    """Shape and dtype of every field of a record."""
+    fields: dict[str, Any] = {name: {"shape": [], "dtype": "str"} for name in records.STRINGS}
+    for name in records.ARRAYS:
+        kind = name.removesuffix("_flip")
+        shape = {"latent": [None, None], "text": [None], "vision": [], "mask": [None, None]}[kind]
+        dtype = {"latent": "bfloat16", "text": "bfloat16", "vision": "float32", "mask": "uint8"}[kind]
+        fields[name] = {"shape": shape + ([widths[kind]] if kind in widths else []), "dtype": dtype}
+    return fields

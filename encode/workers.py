@@ -1,0 +1,133 @@
+"""Processes that read pictures ahead of the encoders, each file within limits of time and memory.
+
+Foreign bytes may hang a decoder, kill its process or eat the memory; here that costs one process and one file, which is
+refused by name. A file is blamed only if it fails twice: a sleeping machine, a changed clock or the kernel's choice of a
+victim when memory is short hits whatever file is in hand.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import pebble
+
+from encode.images import ImageProblem
+
+TRIES = 2
+
+
+class Workers:
+    """A pool of decoding processes; a context manager.
+
+    Args:
+      count: processes; 0 means one a core.
+      seconds: a call that takes longer is stopped (config.decode_seconds).
+      memory: MiB that a call may take beyond what the process has at its start (config.decode_memory).
+    """
+
+    def __init__(self, count: int, seconds: float, memory: int):
+        self.count = count or len(os.sched_getaffinity(0))
+        self.seconds, self.memory = seconds, memory
+        # A server without threads or PyTorch forks the processes: starting one takes milliseconds.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["encode.prepare"])
+        self._pool = self._start()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._pool.stop()
+        self._pool.join()
+
+    def map(self, function: Callable, work: Iterable, depth: int) -> Iterator[tuple[Any, Any]]:
+        """(input, function(input)) in the order of the inputs, computed up to `depth` inputs ahead.
+
+        Args:
+          function: importable by name; an ImageProblem that it raises is its result.
+          work: inputs, taken as they are needed.
+          depth: how many inputs may be under way.
+
+        Yields:
+          the result, or an ImageProblem where the file took too long, too much memory, or its process with it.
+
+        Raises:
+          RuntimeError: the processes cannot be started.
+        """
+        pending: deque = deque()
+        try:
+            for value in work:
+                pending.append((value, *self._submit(function, value)))
+                if len(pending) >= depth:
+                    yield self._result(function, *pending.popleft())
+            while pending:
+                yield self._result(function, *pending.popleft())
+        finally:
+            for _, future, _ in pending:
+                future.cancel()
+
+    def _start(self) -> pebble.ProcessPool:
+        return pebble.ProcessPool(
+            self.count, context=self._context, initializer=_limit, initargs=(self.memory * 2**20,)
+        )
+
+    def _submit(self, function: Callable, value: Any) -> tuple[Any, pebble.ProcessPool]:
+        return self._pool.schedule(_call, (function, value, self.memory), timeout=self.seconds), self._pool
+
+    def _result(self, function: Callable, value: Any, future, pool: pebble.ProcessPool) -> tuple[Any, Any]:
+        for _ in range(TRIES):
+            try:
+                return value, future.result()
+            except TimeoutError:
+                problem = f"takes longer than config.decode_seconds={self.seconds:g} to decode"
+            except pebble.ProcessExpired as error:
+                problem = f"the decoder died of it ({_cause(error.exitcode)})"
+            except BrokenProcessPool as error:
+                problem = None
+                if pool is self._pool:  # a process died between two files; the first to notice starts them anew
+                    self._pool = self._start()
+                broken = error
+            future, pool = self._submit(function, value)
+        future.cancel()
+        if problem is None:
+            raise RuntimeError("the decoding processes die as soon as they are started") from broken
+        return value, ImageProblem(problem)
+
+
+def _cause(exitcode: int | None) -> str:
+    try:
+        return signal.Signals(-(exitcode or 0)).name
+    except ValueError:
+        return f"exit code {exitcode}"
+
+
+def _limit(memory: int) -> None:
+    """Runs once in each process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a decoder stuck in C code would never see Python's handler
+    try:
+        with open("/proc/self/statm") as file:
+            present = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # not Linux
+        present = 2**30
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = present + memory
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a folder full of core files helps nobody
+
+
+def _call(function: Callable, value: Any, memory: int) -> Any:
+    """Runs in the process: the result, or why there is none."""
+    try:
+        return function(value)
+    except ImageProblem as problem:
+        return problem
+    except MemoryError:
+        return ImageProblem(f"takes more than config.decode_memory={memory} MiB to decode")

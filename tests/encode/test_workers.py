@@ -1,0 +1,117 @@
+"""Worker processes: results in order, and a file that hangs, grows or kills its process costs that file and no other."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from encode.images import ImageProblem
+from encode.workers import Workers
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def act(word):
+    """What one 'file' does to the process that reads it."""
+    if word == "hang":
+        time.sleep(60)
+    if word == "spin":  # in C, deaf to Python's signal handlers
+        return sum(range(10**12))
+    if word == "grow":
+        return len(bytearray(2 * 2**30))
+    if word == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if word == "exit":
+        os._exit(7)
+    if word == "refuse":
+        raise ImageProblem("as it is")
+    if word.startswith("once:"):  # fails the first time only, as when the kernel kills a process for want of memory
+        path = Path(word.removeprefix("once:"))
+        if not path.exists():
+            path.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return word * 2
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with Workers(2, seconds=1.5, memory=512) as pool:
+        yield pool
+
+
+def _one(workers, word):
+    ((_, found),) = workers.map(act, [word], 4)
+    return found
+
+
+def test_results_come_in_order_whatever_the_depth(workers):
+    words = [str(number) for number in range(50)]
+    for depth in (1, 3, 100):
+        assert list(workers.map(act, words, depth)) == [(word, word * 2) for word in words]
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("hang", "takes longer than config.decode_seconds=1.5"),
+        ("spin", "takes longer than config.decode_seconds=1.5"),
+        ("grow", "takes more than config.decode_memory=512 MiB"),
+        ("crash", "the decoder died of it (SIGSEGV)"),
+        ("exit", "the decoder died of it (exit code 7)"),
+        ("refuse", "as it is"),
+    ],
+)
+def test_a_bad_file_is_named_and_the_others_go_on(workers, word, reason):
+    words = ["a", "b", word, "c", "d", "e", "f"]
+    found = dict(workers.map(act, words, 5))
+    assert isinstance(found[word], ImageProblem)
+    assert str(found[word]).startswith(reason)
+    assert all(found[other] == other * 2 for other in words if other != word)
+
+
+def test_many_bad_files_in_a_row(workers):
+    words = ["crash", "exit"] * 6 + ["a"]
+    found = [result for _, result in workers.map(act, words, 8)]
+    assert all(isinstance(result, ImageProblem) for result in found[:-1])
+    assert found[-1] == "aa"
+
+
+def test_a_process_killed_by_chance_blames_no_file(workers, tmp_path):
+    word = f"once:{tmp_path / 'died'}"
+    assert _one(workers, word) == word * 2
+
+
+def test_inputs_are_taken_as_they_are_needed(workers):
+    taken = []
+
+    def words():
+        for number in range(100):
+            taken.append(number)
+            yield str(number)
+
+    stream = workers.map(act, words(), 6)
+    for _ in range(3):
+        next(stream)
+    assert len(taken) < 12
+    stream.close()
+
+
+def test_no_process_outlives_a_killed_parent():
+    code = (
+        "import os, time\nfrom encode.workers import Workers\nfrom tests.encode.test_workers import act\n"
+        "pool = Workers(2, 60, 512)\nlist(pool.map(act, ['a'] * 8, 8))\n"
+        "print(*pool._pool._pool_manager.worker_manager.workers, flush=True)\ntime.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
