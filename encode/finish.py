@@ -17,7 +17,7 @@ from encode.source import Problem
 log = logging.getLogger(__name__)
 
 
-def finish(context: Context, plan, jobs: Sequence[Job], parts: Sequence[Mapping], refused: Sequence[Problem]) -> None:
+def finish(context: Any, plan, jobs: Sequence[Any], parts: Sequence[Mapping], refused: Sequence[Problem]) -> None:
     """quarantine.jsonl, the buckets' TFDS metadata, the report, and dataset.json of each resolution, last."""
     config, out = context.config, context.out
     lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in refused)
@@ -37,7 +37,7 @@ def finish(context: Context, plan, jobs: Sequence[Job], parts: Sequence[Mapping]
         records.write_json(context.root(size) / "dataset.json", datasets[size])
 
 
-def _dataset(context: Context, plan, jobs, parts, resolution: int) -> dict[str, Any]:
+def _dataset(context: Any, plan, jobs, parts, resolution: int) -> dict[str, Any]:
     """The content of dataset.json."""
     config, rows = context.config, [row for part in parts for row in part["records"] if resolution in row[4]]
     if not rows:

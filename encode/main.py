@@ -2,7 +2,8 @@
 
     python -m encode.main --config=configs/encode_demo.py --config.images=DIR --config.out=DIR [--dry_run]
 
-With --dry_run nothing is written: it says what would be encoded, how long it would take, and how much disk. Run again with the same configuration after any interruption: it goes on where it stopped.
+With --dry_run nothing is written: it says what would be encoded, how long it would take and how much disk it needs.
+Run again with the same configuration after any interruption: it goes on where it stopped.
 """
 
 from __future__ import annotations
