@@ -5,6 +5,7 @@ from collections import Counter
 import make_data
 import numpy as np
 import pytest
+from PIL import Image
 
 from encode import records
 from jaxdit import data
@@ -188,3 +189,27 @@ def test_wrong_data_sets_are_refused_with_the_reason(tmp_path, what):
 def test_tensorflow_is_not_needed(written):
     batches(written[0], 1)
     assert "tensorflow" not in sys.modules
+
+
+def test_buckets_of_a_single_image_are_trained_like_any_other(tmp_path):
+    make_data.dataset(tmp_path / "64", {"64x64": 1, "48x80": 1, "80x48": 1, "96x40": 1})
+    got, _ = batches(tmp_path / "64", 40)
+    assert {batch["bucket"] for batch in got} == {"64x64", "48x80", "80x48", "96x40"}
+    assert all(batch["latent"].shape[0] == 4 and set(batch["rows"]) == {0} for batch in got)
+
+
+def test_a_shard_whose_pictures_are_all_too_small_for_a_resolution_is_passed_over(tmp_path):
+    from encode import pipeline
+    from tests.encode import fakes
+
+    images = fakes.photographs(tmp_path / "in", 12)
+    for number in (3, 6):  # shards hold one picture: these are empty at 128
+        Image.open(images / f"{number:03d}.png").resize((40, 60)).save(images / f"{number:03d}.png")
+    config = fakes.config(images, tmp_path / "out", resolutions=(64, 128), shard_size=1, max_upscale=2.0)
+    pipeline.run(config, fakes.encoders())
+    for size, count in ((64, 12), (128, 10)):
+        dataset = data.Dataset(tmp_path / "out" / str(size))
+        assert sum(len(rows) for rows in dataset.index.values()) == count
+        got, _ = batches(tmp_path / "out" / str(size), 60)
+        seen = {(batch["bucket"], row) for batch in got for row in batch["rows"]}
+        assert len(seen) == count
