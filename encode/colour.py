@@ -159,8 +159,8 @@ def _to_srgb(image: Image.Image, source) -> Image.Image:
 
 @functools.lru_cache(maxsize=64)
 def _is_srgb(profile: bytes) -> bool:
-    """Whether an RGB profile moves no colour by more than one step, tried on a grid of 17 steps a channel."""
+    """Whether an RGB profile moves no colour by more than two steps of 255, tried on a grid of 17 steps a channel."""
     steps = np.linspace(0, 255, 17).round().astype(np.uint8)
     grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(17, 17 * 17, 3)
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    return int(np.abs(np.asarray(_to_srgb(Image.fromarray(grid), source)).astype(int) - grid).max()) <= 1
+    return int(np.abs(np.asarray(_to_srgb(Image.fromarray(grid), source)).astype(int) - grid).max()) <= 2

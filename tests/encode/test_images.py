@@ -195,6 +195,21 @@ for path in sorted(Path({str(tmp_path)!r}).iterdir()):
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_a_decoder_in_rust_that_panics_is_a_reason_and_no_end_of_the_run(tmp_path, monkeypatch):
+    panic = type("PanicException", (BaseException,), {})
+
+    def broken(path, formats):
+        raise panic("index out of bounds")
+
+    (tmp_path / "a.png").write_bytes(fuzz.seeds()["plain.png"])
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(images.ImageProblem, match="damaged: PanicException: index out of bounds"):
+        images.decode(tmp_path / "a.png", LIMIT)
+    monkeypatch.setattr(Image, "open", lambda path, formats: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        images.decode(tmp_path / "a.png", LIMIT)
+
+
 def test_tiny_pictures_are_refused(tmp_path):
     for side in (1, 4, 10):
         Image.new("RGB", (side, side)).save(tmp_path / "a.png")

@@ -343,13 +343,14 @@ def test_icons_give_their_largest_picture(tmp_path):
 
 
 def test_an_icon_that_hides_a_huge_picture_is_refused_before_it_is_decoded(tmp_path):
-    small, huge = io.BytesIO(), io.BytesIO()
+    small = io.BytesIO()
     Image.new("RGB", (32, 32)).save(small, "ICO", sizes=[(32, 32)])
-    Image.new("1", (9000, 9000)).save(huge, "PNG")
     data = small.getvalue()
-    at = data.index(b"\x89PNG")
+    at = data.index(b"IHDR") + 4
+    head = struct.pack(">II", 9000, 9000) + data[at + 8 : at + 13]  # and no pixels that could fill it
+    huge = data[:at] + head + struct.pack(">I", zlib.crc32(b"IHDR" + head)) + data[at + 17 :]
     with pytest.raises(images.ImageProblem, match="too many pixels: 9000 x 9000"):
-        _decode(tmp_path / "a.ico", data[:at] + huge.getvalue())
+        _decode(tmp_path / "a.ico", huge)
 
 
 def test_a_targa_that_declares_no_alpha_has_none(tmp_path):
@@ -387,6 +388,17 @@ def _grey_profile(gamma):
     return _icc(
         b"GRAY", {b"desc": text, b"wtpt": white, b"kTRC": b"curv" + bytes(4) + struct.pack(">IH", 1, gamma * 256)}
     )
+
+
+def _linear_colours():
+    """The primaries of sRGB, but linear light."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", 2) + b"l\0" + bytes(78)}
+    for name in (b"wtpt", b"rXYZ", b"gXYZ", b"bXYZ"):
+        at = struct.unpack_from(">I", srgb, srgb.index(name, 128) + 4)[0]
+        tags[name] = srgb[at : at + 20]
+    tags |= {name: b"curv" + bytes(4) + struct.pack(">IH", 1, 256) for name in (b"rTRC", b"gTRC", b"bTRC")}
+    return _icc(b"RGB ", tags)
 
 
 def _cmyk_profile():
@@ -431,9 +443,10 @@ def test_profiles_of_grey_ink_and_photoshop(tmp_path):
     planes[1:] = 255
     red, green, blue = _decode(tmp_path / "a.psd", fuzz.psd(planes, 4, _cmyk_profile()))[5, 5]
     assert red > 100 and green < 20 and blue < 30
-    grey = Image.new("L", (32, 32), 90)  # a colour profile on a grey picture
-    grey.save(tmp_path / "d.png", icc_profile=_exchanged())
-    _near(_decode(tmp_path / "d.png"), 90, 2)
+    Image.new("L", (32, 32), 51).save(tmp_path / "d.png", icc_profile=_linear_colours())  # of colour, on a grey picture
+    _near(_decode(tmp_path / "d.png"), linear, 2)
+    Image.fromarray(wide).save(tmp_path / "e.png", icc_profile=_linear_colours())
+    _near(_decode(tmp_path / "e.png"), linear, 2)
 
 
 def test_a_profile_that_cannot_be_used_counts_as_srgb(tmp_path):
@@ -442,6 +455,17 @@ def test_a_profile_that_cannot_be_used_counts_as_srgb(tmp_path):
     for profile in (b"", b"broken", srgb[:200], srgb[:128] + b"\xff" * 400, _cmyk_profile(), _grey_profile(2), srgb):
         Image.fromarray(pixels).save(tmp_path / "a.png", icc_profile=profile)
         assert (_decode(tmp_path / "a.png") == pixels).all()
+
+
+def test_a_profile_that_is_srgb_but_for_rounding_changes_nothing(tmp_path):
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    at = struct.unpack_from(">I", profile, profile.index(b"rXYZ", 128) + 4)[0] + 8
+    struct.pack_into(">i", profile, at, struct.unpack_from(">i", profile, at)[0] + 60)
+    pixels = _numbers(3, 255).astype(np.uint8)
+    ends = ImageCms.ImageCmsProfile(io.BytesIO(bytes(profile))), ImageCms.createProfile("sRGB")
+    assert np.any(np.asarray(ImageCms.profileToProfile(Image.fromarray(pixels), *ends, outputMode="RGB")) != pixels)
+    Image.fromarray(pixels).save(tmp_path / "a.png", icc_profile=bytes(profile))
+    assert (_decode(tmp_path / "a.png") == pixels).all()
 
 
 def test_large_pictures_are_worked_on_in_strips_that_meet(tmp_path):
