@@ -191,12 +191,11 @@ def _open(path: Path, kind: str, max_pixels: int) -> Image.Image:
     _check_before_opening(path, kind, max_pixels)
     image = Image.open(path, formats=(kind,))
     try:
+        if kind == "TIFF":
+            _seek_whole(image)
         _check(*image.size, max_pixels)
         if kind in _ICONS:
             image.load()
-            _check(*image.size, max_pixels)
-        if kind == "TIFF":
-            _seek_whole(image)
             _check(*image.size, max_pixels)
         if kind == "HEIF" and _is_hdr(image):
             raise ImageProblem(formats.HDR_REASON)

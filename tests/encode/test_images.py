@@ -329,7 +329,7 @@ def test_what_a_first_gif_frame_leaves_out_is_white(tmp_path):
 
 def test_a_tiffs_preview_is_passed_over_for_the_picture_itself(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
-        writer.write(np.zeros((24, 32, 3), np.uint8), photometric="rgb", subfiletype=1)
+        writer.write(np.zeros((9, 12, 3), np.uint8), photometric="rgb", subfiletype=1)
         writer.write(np.full((48, 64, 3), 99, np.uint8), photometric="rgb")
     assert images.size(tmp_path / "a.tif", LIMIT) == (64, 48)
     assert (images.decode(tmp_path / "a.tif", LIMIT) == 99).all()
