@@ -26,7 +26,7 @@ from encode import colour, damage, formats, headers
 
 SMALLEST = 16  # pixels: less than one patch of the model
 ORIENTATION = 0x0112
-RESIZE_RULE = "upright, sRGB, alpha on white; stretched to the bucket with Pillow's Lanczos filter, no crop"
+RESIZE_RULE = "upright, sRGB, alpha on white; stretched to the bucket (Pillow's Lanczos, reducing gap 3), no crop"
 
 Image.init()  # all plugins now: opening in several threads would race to register them
 pillow_heif.register_heif_opener()
@@ -35,9 +35,7 @@ Image.MAX_IMAGE_PIXELS = None  # our own limit, config.max_pixels, is checked fr
 for _module in (r"PIL\.", r"pillow_heif", r"pillow_jxl", r"encode\.(images|colour)"):
     warnings.filterwarnings("ignore", module=_module)  # a picture is used or quarantined; a warning is neither
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-for _library in Path(Image.__file__).parent.parent.glob(
-    "pillow.libs/libtiff*"
-):  # where Pillow's wheels for Linux keep it
+for _library in Path(Image.__file__).parent.parent.glob("pillow.libs/libtiff*"):  # in Pillow's wheels for Linux
     ctypes.CDLL(str(_library)).TIFFSetErrorHandler(None)  # it would print to stderr what Pillow raises anyway
 
 
@@ -61,7 +59,7 @@ def size(path: Path, max_pixels: int) -> tuple[int, int]:
 
 
 def decode(path: Path, max_pixels: int) -> np.ndarray:
-    """[height, width, 3] uint8 upright sRGB pixels.
+    """[height, width, 3] uint8 upright sRGB pixels; of a JPEG in full, for a reduced decode would not equal its copies'.
 
     Raises:
       ImageProblem: with the reason, for instance that the file is truncated.
@@ -75,9 +73,11 @@ def decode(path: Path, max_pixels: int) -> np.ndarray:
 
 def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     """[height, width, 3] uint8: the whole picture, stretched; one that has this size already is returned bit for bit."""
+    # Over sRGB values: linear light moves photographs by less than rounding. Far reductions average boxes of pixels
+    # first, 2 to 5 times as fast for 1.5 dB of 58 (bench/encode_input.py).
     if pixels.shape[:2] == (height, width):
         return pixels
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0))
 
 
 def pixel_hash(pixels: np.ndarray) -> str:
