@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from encode import buckets, images, pipeline, prepare, records
+from encode import buckets, images, pipeline, prepare, records, shard
 from encode import plan as plan_rules
-from encode.leg import span
+from encode.leg import amount, span
 from encode.workers import Workers
 
 BATCHES = 3  # encoded to measure; the first warms up
@@ -77,7 +77,7 @@ def _measure(context: pipeline.Context, jobs: Sequence[pipeline.Job]) -> tuple[f
         batch = good[start : start + config.batch_size]
         part: dict[str, list] = {"quarantine": [], "truncated": [], "records": []}
         began = time.monotonic()
-        pipeline.encode_batch(context, sample[0][0], number, batch, rows, sums, part)
+        shard.encode_batch(context, sample[0][0], number, batch, rows, sums, part)
         timed.append((time.monotonic() - began, len(batch)))
     warm = [one for one in timed[1:] if one[1] == config.batch_size] or timed
     encoding = sum(seconds for seconds, _ in warm) / max(1, sum(count for _, count in warm))
@@ -148,11 +148,3 @@ def _time(left: int, decoding: float, encoding: float) -> str:
         f"Time       about {span(left * slower)} for {left:,} pictures at {1 / slower:.1f} a second, limited by {limit} (reading "
         f"alone {1 / decoding:.1f} a second, encoding alone {1 / encoding:.1f})"
     )
-
-
-def amount(count: float) -> str:
-    """Bytes as a person says them."""
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count / 1024:,.0f} KiB"

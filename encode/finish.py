@@ -20,9 +20,8 @@ log = logging.getLogger(__name__)
 def finish(context: Any, plan, jobs: Sequence[Any], parts: Sequence[Mapping], refused: Sequence[Problem]) -> None:
     """quarantine.jsonl, the buckets' TFDS metadata, the report, and dataset.json of each resolution, last."""
     config, out = context.config, context.out
-    lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in refused)
     temporary = out / ".quarantine.jsonl.tmp"
-    temporary.write_text(lines, encoding="utf-8")
+    temporary.write_text(_lines(refused), encoding="utf-8")
     records.publish(temporary, out / "quarantine.jsonl")
     if not any(part["records"] for part in parts):
         raise InputError(f"{config.images}: every input was refused; {out / 'quarantine.jsonl'} says why.")
@@ -35,6 +34,27 @@ def finish(context: Any, plan, jobs: Sequence[Any], parts: Sequence[Mapping], re
     records.publish(out / ".report.html.tmp", out / "report.html")
     for size in config.resolutions:
         records.write_json(context.root(size) / "dataset.json", datasets[size])
+
+
+def is_finished(context: Any, jobs: Sequence[Any], refused: Sequence[Problem]) -> bool:
+    """Whether an earlier run wrote all of it, for these shards and these refusals."""
+    out, config = context.out, context.config
+    try:
+        counts = [json.loads((context.root(size) / "dataset.json").read_text("utf-8")) for size in config.resolutions]
+        listed = (out / "quarantine.jsonl").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    shards = Counter(job.shape for job in jobs)
+    known = all(
+        info["buckets"].get(context.bucket(shape, size), {}).get("shards", count) == count
+        for size, info in zip(config.resolutions, counts)
+        for shape, count in shards.items()
+    )
+    return known and listed == _lines(refused) and (out / "report.html").exists()
+
+
+def _lines(refused: Sequence[Problem]) -> str:
+    return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in refused)
 
 
 def _dataset(context: Any, plan, jobs, parts, resolution: int) -> dict[str, Any]:

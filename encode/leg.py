@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from encode.records import write_json
+
 log = logging.getLogger(__name__)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SAY_EVERY = 10.0  # seconds between progress lines
@@ -37,24 +39,78 @@ def say_problems(when: str, rows: Sequence[Mapping[str, str]]) -> None:
         log.warning("%d inputs refused %s and named in quarantine.jsonl: %s.", len(rows), when, listed)
 
 
-class Progress:
-    """A line now and then: how many of how many, how fast in this leg, how long still."""
+def say_need(out: Path, need: int) -> None:
+    """Before the work: how much it will write, and whether the disk has it."""
+    if not need:
+        return
+    free = shutil.disk_usage(out).free
+    log.info("About %s will be written; %s are free on the disk of %s.", amount(need), amount(free), out)
+    if need > free:
+        log.warning(
+            "That is not enough: the run will stop after about %d%%, keep what it has, and go on once there is room.",
+            100 * free // need,
+        )
 
-    def __init__(self, what: str, total: int, todo: int):
-        self.what, self.total, self.todo, self.done = what, total, todo, 0
+
+class Progress:
+    """A line now and then: how many of how many, how fast in this leg, how long still; the same in OUT/progress.json.
+
+    Args:
+      what: is being done.
+      total: pictures in all.
+      todo: of them in this leg.
+      out: folder for progress.json; None writes none.
+    """
+
+    def __init__(self, what: str, total: int, todo: int, out: Path | None = None):
+        self.what, self.total, self.todo, self.out = what, total, todo, out
+        self.done, self.refused, self.waited = 0, 0, 0.0
+        self._shards_waited, self._shard_waited = 0.0, 0.0
         self.started = self.said = time.monotonic()
 
-    def step(self, count: int) -> None:
+    def step(self, count: int, waited: float = 0.0, refused: int = 0) -> None:
+        """A batch is done.
+
+        Args:
+          count: its pictures.
+          waited: seconds that the encoders waited in this shard so far.
+          refused: pictures refused in this shard so far.
+        """
         self.done += count
+        if waited < self._shard_waited:  # a new shard
+            self._shards_waited += self._shard_waited
+        self._shard_waited = waited
         now = time.monotonic()
         if now - self.said >= SAY_EVERY or self.done == self.todo:
             self.said = now
-            left = (self.todo - self.done) / max(self.rate(), 1e-9)
-            at = self.total - self.todo + self.done
-            log.info("%d of %d %s, %.1f a second, %s left.", at, self.total, self.what, self.rate(), span(left))
+            at, left = self.total - self.todo + self.done, (self.todo - self.done) / max(self.rate(), 1e-9)
+            share = (self._shards_waited + waited) / max(now - self.started, 1e-9)
+            words = f"; the encoders waited {share:.1%} of the time for pictures" if self.out else ""
+            log.info(
+                "%d of %d %s, %.1f a second, %s left%s.", at, self.total, self.what, self.rate(), span(left), words
+            )
+            self._write(self.what, at, left, share, self.refused + refused)
+
+    def end(self, refused: int) -> None:
+        self._write("done", self.total, 0.0, None, refused)
 
     def rate(self) -> float:
         return self.done / max(time.monotonic() - self.started, 1e-9) if self.done else 0.0
+
+    def _write(self, stage: str, done: int, left: float, share: float | None, refused: int) -> None:
+        if self.out is None:
+            return
+        found = {
+            "stage": stage,
+            "done": done,
+            "total": self.total,
+            "pictures_per_second": round(self.rate(), 3),
+            "seconds_left": round(left, 1),
+            "waited_fraction": None if share is None else round(share, 4),
+            "refused": refused,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        write_json(self.out / "progress.json", found)
 
 
 class Speed:
@@ -98,3 +154,11 @@ def span(seconds: float) -> str:
         if seconds >= 1.5 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def amount(count: float) -> str:
+    """Bytes as a person says them."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1024:,.0f} KiB"

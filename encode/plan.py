@@ -34,8 +34,62 @@ class Stopped(Exception):
 def make_plan(config: Any, collection: Collection, workers: Workers, stop: Callable[[], bool] = lambda: False) -> dict:
     """Sizes -> buckets -> shards; the same for the same photographs and configuration."""
     cells = buckets.cells_across(config.resolutions)
-    refused, sizes, width = list(collection.problems), {}, None
-    for item, found in _scan(collection.items, config.max_pixels, workers, stop):
+    sizes, width, unfit = _measure(config, collection.items, None, workers, stop)
+    if config.buckets:
+        shapes = buckets.forced(config.buckets, cells, max(config.resolutions))
+    else:
+        shapes = buckets.choose([columns / rows for columns, rows in sizes.values()], config.max_buckets, cells)
+    members, more = _assign(config, cells, shapes, sizes)
+    shards = _shards(members, {}, config.shard_size)
+    if not shards:
+        refused = [*collection.problems, *unfit, *more]
+        first = min(refused, key=lambda row: row.file)
+        raise InputError(
+            f"{config.images}: every input was refused ({len(refused)} of {len(refused)}), the first one {first.file}: "
+            f"{first.reason}."
+        )
+    _refuse_empty_resolutions(config, cells, members)
+    return {
+        "cells": cells,
+        "vision_width": width or 0,
+        "shapes": [list(shape) for shape in shapes],
+        "shards": shards,
+        "unfit": [asdict(row) for row in unfit + more],
+    } | _inputs(config, collection.items)
+
+
+def grow(config: Any, plan: Mapping, new: Sequence[Item], workers: Workers, stop: Callable[[], bool]) -> dict:
+    """What changes in a plan for photographs that came later: shards of their own in the buckets that there are."""
+    cells, width = plan["cells"], plan["vision_width"] if config.vision.precomputed else None
+    sizes, _, unfit = _measure(config, new, width, workers, stop)
+    members, more = _assign(config, cells, [tuple(shape) for shape in plan["shapes"]], sizes)
+    begun = Counter(tuple(shard["bucket"]) for shard in plan["shards"])
+    shards = _shards(members, begun, config.shard_size)
+    log.info("%d pictures are new: %d shards are added to the %d that there are.", len(new), len(shards), begun.total())
+    old = {name: plan[name] for name in ("inputs", "unflipped")}
+    inputs = _inputs(config, new)
+    return {
+        "shards": plan["shards"] + shards,
+        "unfit": plan["unfit"] + [asdict(row) for row in unfit + more],
+        "inputs": old["inputs"] | inputs["inputs"],
+        "unflipped": sorted({*old["unflipped"], *inputs["unflipped"]}),
+    }
+
+
+def _inputs(config: Any, items: Sequence[Item]) -> dict:
+    """What a plan keeps of its pictures, refused ones included: {id: caption}, and ids that must not be mirrored."""
+    return {
+        "inputs": {item.id: item.caption(config.seed) for item in items},
+        "unflipped": sorted(item.id for item in items if not item.flip),
+    }
+
+
+def _measure(
+    config: Any, items: Sequence[Item], width: int | None, workers: Workers, stop: Callable[[], bool]
+) -> tuple[Sizes, int | None, list[Problem]]:
+    """Upright sizes by id, the width of precomputed vectors (`width`, or the first one's), and what cannot be used."""
+    sizes, refused = {}, []
+    for item, found in _scan(items, config.max_pixels, workers, stop):
         problem = Problem(item.id, "decode", str(found)) if isinstance(found, images.ImageProblem) else None
         if problem is None and config.vision.precomputed:
             problem, width = _vector_width(item, width)
@@ -43,30 +97,20 @@ def make_plan(config: Any, collection: Collection, workers: Workers, stop: Calla
             sizes[item.id] = found
         else:
             refused.append(problem)
-    members, unfit = _assign(config, cells, sizes)
-    refused += unfit
-    shards = [
+    return sizes, width, refused
+
+
+def _shards(members: Mapping[buckets.Shape, Sequence], begun: Mapping[buckets.Shape, int], size: int) -> list[dict]:
+    """Shards of at most `size` pictures, numbered in each bucket from `begun` on."""
+    return [
         {
             "bucket": list(shape),
-            "shard": start // config.shard_size,
-            "items": entries[start : start + config.shard_size],
+            "shard": begun.get(shape, 0) + start // size,
+            "items": entries[start : start + size],
         }
         for shape, entries in members.items()
-        for start in range(0, len(entries), config.shard_size)
+        for start in range(0, len(entries), size)
     ]
-    if not shards:
-        first = min(refused, key=lambda row: row.file)
-        raise InputError(
-            f"{config.images}: every input was refused ({len(refused)} of {len(refused)}), the first one {first.file}: "
-            f"{first.reason}."
-        )
-    return {
-        "cells": cells,
-        "vision_width": width or 0,
-        "others": dict(collection.others),
-        "shards": shards,
-        "quarantine": [asdict(row) for row in refused],
-    }
 
 
 def _scan(items: Sequence[Item], max_pixels: int, workers: Workers, stop) -> Iterator[tuple[Item, Any]]:
@@ -97,13 +141,10 @@ def _vector_width(item: Item, width: int | None) -> tuple[Problem | None, int | 
         return Problem(item.id, "vision", str(problem)), None
 
 
-def _assign(config: Any, cells: int, sizes: Sizes) -> tuple[dict[buckets.Shape, list], list[Problem]]:
+def _assign(
+    config: Any, cells: int, shapes: Sequence[buckets.Shape], sizes: Sizes
+) -> tuple[dict[buckets.Shape, list], list[Problem]]:
     """{bucket: [id, width, height] of its pictures, by id}, and the pictures that fit none."""
-    largest = max(config.resolutions)
-    if config.buckets:
-        shapes = buckets.forced(config.buckets, cells, largest)
-    else:
-        shapes = buckets.choose([columns / rows for columns, rows in sizes.values()], config.max_buckets, cells)
     members: dict[buckets.Shape, list] = {shape: [] for shape in shapes}
     refused, small = [], Counter()
     for name in sorted(sizes):
@@ -121,15 +162,21 @@ def _assign(config: Any, cells: int, sizes: Sizes) -> tuple[dict[buckets.Shape, 
             bucket = bucket_name(*buckets.pixels(shape, cells, min(config.resolutions)))
             reason = f"too small: {width} x {height} pixels for its bucket {bucket}"
             refused.append(Problem(name, "too small", f"{reason}, config.max_upscale is {config.max_upscale}"))
-    for resolution in config.resolutions:
-        if sizes and small[resolution] == sum(map(len, members.values())) > 0:
-            raise InputError(
-                f"config.resolutions: no picture is large enough for {resolution} (config.max_upscale is "
-                f"{config.max_upscale}); leave it out, or allow more."
-            )
     for resolution, count in sorted(small.items()):
         log.info("%d pictures are too small for %d and are left out there.", count, resolution)
     return members, refused
+
+
+def _refuse_empty_resolutions(config: Any, cells: int, members: Mapping[buckets.Shape, Sequence]) -> None:
+    reached = set()
+    for shape, entries in members.items():
+        for _, width, height in entries:
+            reached |= targets(config, cells, shape, (width, height))[0].keys()
+    if unreached := sorted(set(config.resolutions) - reached):
+        raise InputError(
+            f"config.resolutions: no picture is large enough for {unreached[0]} (config.max_upscale is "
+            f"{config.max_upscale}); leave it out, or allow more."
+        )
 
 
 def targets(config: Any, cells: int, shape: buckets.Shape, size: tuple[int, int]) -> tuple[dict[int, Any], bool]:
@@ -176,13 +223,31 @@ def refuse_difference(out: Path, stored: Mapping[str, Any], wanted: Mapping[str,
         )
 
 
-def refuse_growth(folder: Path, out: Path, stored: Mapping[str, str], found: Mapping[str, str]) -> None:
-    added, removed = sorted(found.keys() - stored.keys()), sorted(stored.keys() - found.keys())
-    changed = sorted(name for name in found.keys() & stored.keys() if found[name] != stored[name])
-    if added or removed or changed:
-        first = (added or removed or changed)[0]
+def added(config: Any, folder: Path, out: Path, plan: Mapping, collection: Collection) -> list[Item]:
+    """Pictures that the plan does not know yet; those that left the folder are named, their records stay.
+
+    Raises:
+      InputError: a picture has another caption than the one it is planned with.
+    """
+    stored, unflipped = plan["inputs"], set(plan["unflipped"])
+    known = [item for item in collection.items if item.id in stored]
+    changed = [
+        item.id
+        for item in known
+        if (item.caption(config.seed), item.flip) != (stored[item.id], item.id not in unflipped)
+    ]
+    if changed:
         raise InputError(
-            f"{folder} is not what {out} was begun with: {len(added)} pictures with captions added, {len(removed)} removed, "
-            f"{len(changed)} with another caption (the first: {first}). Put it back to go on, or encode all of it into a new "
-            "config.out; nothing was changed."
+            f"{folder}: {len(changed)} pictures have another caption, or flip, than {out} was begun with (the first: "
+            f"{changed[0]}). Put it back to go on, or encode all of it into a new config.out; nothing was changed."
         )
+    planned = {entry[0] for shard in plan["shards"] for entry in shard["items"]}
+    gone = sorted(planned - {item.id for item in known})
+    if gone:
+        log.warning(
+            "%d pictures of %s are no longer in the folder with a caption (the first: %s); what is encoded of them stays.",
+            len(gone),
+            out,
+            gone[0],
+        )
+    return [item for item in collection.items if item.id not in stored]

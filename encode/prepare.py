@@ -70,7 +70,7 @@ class Task:
     pad: bool
     max_pixels: int
     whole: Resizing | None
-    vectors: tuple[Path, Path | None] | None
+    vectors: tuple[Path | None, Path | None] | None
     vector_width: int
 
 
@@ -152,12 +152,14 @@ def thumbnail(work: tuple[Path, int, int]) -> bytes:
     return images.thumbnail_of(*work)
 
 
-def read_vector(path: Path, width: int | None = None) -> np.ndarray:
+def read_vector(path: Path | None, width: int | None = None) -> np.ndarray:
     """[width] float32 from NAME.dino.npy, or from the key dino of NAME.json.
 
     Raises:
       ImageProblem: it cannot be read, is not finite, or has another width.
     """
+    if path is None:
+        raise VectorProblem("the precomputed vector is no longer there")
     try:
         value = (
             json.loads(path.read_text("utf-8-sig"))["dino"]

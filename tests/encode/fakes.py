@@ -14,7 +14,7 @@ from configs import encode_demo
 from encode import pipeline
 from encode.prepare import Resizing
 
-TIMED = ("speed.jsonl", "report.html")
+TIMED = ("speed.jsonl", "progress.json", "report.html")
 
 
 class Vae:
@@ -30,7 +30,7 @@ class Vae:
         assert pixels.dtype == np.uint8 and pixels.ndim == 4
         self.calls += 1
         if self.calls == self.fail_at:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("the device was lost")
         time.sleep(self.pause)
         self.seen.append(pixels)
         b, h, w, c = pixels.shape

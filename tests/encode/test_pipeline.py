@@ -283,15 +283,16 @@ def test_another_schema_is_refused_in_one_line(tmp_path):
         _run(images, tmp_path / "out")
 
 
-def test_a_changed_folder_is_refused_with_the_numbers(tmp_path):
+def test_another_caption_is_refused_by_name_and_nothing_is_changed(tmp_path):
     images = fakes.photographs(tmp_path / "in", 4)
     _run(images, tmp_path / "out")
     before = fakes.tree(tmp_path / "out")
-    shutil.copy(images / "000.png", images / "new.png")
-    (images / "new.txt").write_text("new")
     (images / "001.txt").write_text("another caption")
-    (images / "002.png").unlink()
-    with pytest.raises(InputError, match="1 pictures with captions added, 1 removed, 1 with another caption"):
+    with pytest.raises(InputError, match=r"1 pictures have another caption, or flip, .* \(the first: 001\.png\)"):
+        _run(images, tmp_path / "out")
+    (images / "001.txt").unlink()
+    (images / "001.json").write_text(json.dumps({"caption": "picture 1, dark on the right", "flip": False}))
+    with pytest.raises(InputError, match="another caption, or flip"):
         _run(images, tmp_path / "out")
     assert fakes.tree(tmp_path / "out") == before
 

@@ -1,0 +1,261 @@
+"""One shard, the unit of work: decode, encode and write its records at every resolution.
+
+Nothing of a shard is published before all of it is encoded. What a shard holds depends on the plan, the photographs and the
+encoders alone, so it has the same bytes whichever process encodes it, in whatever order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from encode import buckets, captions, images, prepare, records, stats
+from encode import plan as plan_rules
+from encode.leg import Progress, Speed
+from encode.plan import Stopped
+from encode.source import Item, Problem
+from encode.workers import Workers
+
+log = logging.getLogger(__name__)
+
+
+class WorkFailed(RuntimeError):
+    """The work stopped at something that is not the input's fault; the message says where (exit code 1)."""
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The three models; vision is None where every picture brings a precomputed vector."""
+
+    vae: Any
+    text: Any
+    vision: Any | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard: a bucket's shape in cells, the shard's number in its bucket, and (id, width, height) of its pictures."""
+
+    shape: tuple[int, int]
+    number: int
+    entries: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all shards of one run share."""
+
+    config: Any
+    folder: Path
+    out: Path
+    encoders: Encoders
+    workers: Workers
+    items: Mapping[str, Item]
+    others: Mapping[str, int]
+    cells: int
+    vision_width: int
+    stop: Callable[[], bool]
+    fits: dict[str, int] = field(default_factory=dict)  # inputs that an encoder takes at a time, where memory was short
+
+    def bucket(self, shape: Sequence[int], resolution: int) -> str:
+        return records.bucket_name(*buckets.pixels(tuple(shape), self.cells, resolution))
+
+    def spec(self, shape: Sequence[int], resolution: int):
+        width, height = buckets.pixels(tuple(shape), self.cells, resolution)
+        latent = [height // 8, width // 8, self.encoders.vae.channels]
+        return records.features(latent, self.encoders.text.width, self.vision_width)
+
+    def root(self, resolution: int) -> Path:
+        return self.out / str(resolution)
+
+    def part(self, job: Job) -> Path:
+        return self.out / "parts" / f"{self.bucket(job.shape, max(self.config.resolutions))}-{job.number:05d}.json"
+
+    def task(self, job: Job, entry: tuple[str, int, int]) -> prepare.Task:
+        """What a worker has to know to read one picture."""
+        item, config = self.items[entry[0]], self.config
+        targets, pad = plan_rules.targets(config, self.cells, job.shape, entry[1:])
+        precomputed = config.vision.precomputed
+        return prepare.Task(
+            item.id,
+            item.path,
+            entry[1:],
+            targets,
+            pad,
+            config.max_pixels,
+            whole=None if precomputed else self.encoders.vision.resizing,
+            vectors=(item.vision, item.vision_flip) if precomputed else None,
+            vector_width=self.vision_width,
+        )
+
+    def thumbnails(self, paths: Sequence[Path], side: int) -> list[bytes | None]:
+        """Small JPEGs of the upright pictures, for a page; None for those that cannot be decoded."""
+        work = [(path, self.config.max_pixels, side) for path in paths]
+        found = (result for _, result in self.workers.map(prepare.thumbnail, work, 2 * self.workers.count))
+        return [None if isinstance(result, images.ImageProblem) else result for result in found]
+
+    @property
+    def legs(self) -> list[dict[str, float]]:
+        """How fast each shard went: pictures, seconds, and the seconds that the encoders waited for pictures."""
+        return Speed.read(self.out)
+
+    def missing(self, job: Job) -> list[int]:
+        """Resolutions at which the shard is not written yet."""
+        names = [(size, self.bucket(job.shape, size)) for size in self.config.resolutions]
+        return [size for size, name in names if not records.index_path(self.root(size), name, job.number).exists()]
+
+
+def encode_shard(context: Context, job: Job, read: Iterator, progress: Progress) -> None:
+    """Encode and write one shard at every resolution; nothing is published before all of it is encoded.
+
+    Args:
+      context: what all shards share.
+      job: the shard.
+      read: (Task, Prepared or ImageProblem) of its pictures and of those after them, in order.
+      progress: told of every batch.
+    """
+    config, missing, speed = context.config, context.missing(job), Speed()
+    part: dict[str, Any] = {"quarantine": [], "truncated": [], "records": [], "stats": {}}
+    rows: dict[int, list] = {size: [] for size in config.resolutions}
+    sums: dict[int, list[stats.Partial]] = {size: [] for size in config.resolutions}
+    batch: list[tuple[Item, prepare.Prepared]] = []
+    for place, (task, found) in enumerate(speed.waiting(islice(read, len(job.entries))), 1):
+        if context.stop():
+            raise Stopped
+        if isinstance(found, images.ImageProblem):
+            stage = "vision" if isinstance(found, prepare.VectorProblem) else "decode"
+            part["quarantine"].append(asdict(Problem(task.id, stage, str(found))))
+        else:
+            batch.append((context.items[task.id], found))
+        # Batches are counted in planned pictures, not in good ones: a refused one moves no other.
+        if place % config.batch_size == 0 or place == len(job.entries):
+            encode_batch(context, job, (place - 1) // config.batch_size, batch, rows, sums, part)
+            batch = []
+            progress.step((place - 1) % config.batch_size + 1, speed.waited, len(part["quarantine"]))
+    part["stats"] = {size: stats.merge(sums[size]).to_json() for size in config.resolutions if sums[size]}
+    records.write_json(context.part(job), part)
+    for size in missing:
+        name = context.bucket(job.shape, size)
+        records.write_shard(context.root(size), name, job.number, rows[size], context.spec(job.shape, size))
+    speed.write(context.out, len(job.entries))
+
+
+def encode_batch(context: Context, job: Job, number: int, batch, rows, sums, part) -> None:
+    """Append the records of one batch, at each resolution, to rows; their sums to sums; what the end needs to part."""
+    if not batch:
+        return
+    config, encoders = context.config, context.encoders
+    bucket = context.bucket(job.shape, max(config.resolutions))
+    where = f"bucket {bucket}, shard {job.number}, batch {number} ({batch[0][0].id} to {batch[-1][0].id})"
+    plain = [item.caption(config.seed) for item, _ in batch]
+    flips = [captions.swap(text) if config.flip and item.flip else None for text, (item, _) in zip(plain, batch)]
+    others = sorted({flip for flip, text in zip(flips, plain) if flip and flip != text})
+    with _blaming("text encoder", where):
+        tokens = [
+            _bfloat16(value) for value in _in_halves(context, "text encoder", encoders.text.encode, [*plain, *others])
+        ]
+        part["truncated"] += [
+            item.id
+            for (item, _), text in zip(batch, plain)
+            if encoders.text.count_tokens(text) > encoders.text.max_tokens
+        ]
+    flip_tokens = dict(zip(others, tokens[len(plain) :]))
+    with _blaming("vision encoder", where):
+        vectors, vectors_flip = _vectors(context, [prepared for _, prepared in batch])
+    for size in config.resolutions:
+        here = [place for place, (_, prepared) in enumerate(batch) if size in prepared.pixels]
+        if not here:
+            continue
+        pixels = np.stack([batch[place][1].pixels[size] for place in here])
+        with _blaming(vae := f"VAE at {size}", where):
+            latents = _bfloat16(_in_halves(context, vae, encoders.vae.encode, pixels))
+            mirrored = latents
+            if config.flip:
+                mirrored = _bfloat16(_in_halves(context, vae, encoders.vae.encode, images.mirrored(pixels)))
+        for place, latent, latent_flip in zip(here, latents, mirrored):
+            (item, prepared), flip = batch[place], flips[place]
+            record = {
+                "id": item.id,
+                "caption": plain[place],
+                "caption_flip": flip or "",
+                "latent": latent,
+                "latent_flip": latent_flip,
+                "text": tokens[place],
+                "text_flip": flip_tokens.get(flip, tokens[place][:0]),
+                "vision": vectors[place],
+                "vision_flip": vectors_flip[place],
+                "mask": prepared.masks[size],
+                "pixel_hash": prepared.pixel_hash,
+            }
+            rows[size].append(record)
+            mask = prepared.masks[size]
+            sums[size].append(stats.partial(latent, mask))
+            sums[size] += [stats.partial(latent_flip, mask[:, ::-1])] if flip else []
+    for place, (item, prepared) in enumerate(batch):
+        lengths = len(tokens[place]), len(flip_tokens.get(flips[place], ()))
+        part["records"].append([item.id, prepared.pixel_hash, *lengths, sorted(prepared.pixels)])
+
+
+def _vectors(context: Context, batch: Sequence[prepare.Prepared]) -> tuple[np.ndarray, np.ndarray]:
+    """[batch, width] float32 vision vectors of the pictures and of their mirror images."""
+    if context.config.vision.precomputed:
+        return tuple(np.stack([prepared.vectors[side] for prepared in batch]) for side in (0, 1))
+    encode, whole = context.encoders.vision.encode_resized, [prepared.whole for prepared in batch]
+    plain = _finite(_in_halves(context, "vision encoder", encode, whole))
+    if not context.config.flip:
+        return plain, plain
+    return plain, _finite(_in_halves(context, "vision encoder", encode, [images.mirrored(pixels) for pixels in whole]))
+
+
+def _in_halves(context: Context, what: str, encode: Callable, inputs: Any) -> list:
+    """One result an input; a batch for which the memory does not suffice is taken in halves, and later ones as well."""
+    most = context.fits.get(what, len(inputs))
+    if len(inputs) > most:
+        parts = [inputs[start : start + most] for start in range(0, len(inputs), most)]
+        return [one for part in parts for one in _in_halves(context, what, encode, part)]
+    try:
+        return list(encode(inputs))
+    except Exception as error:
+        if len(inputs) == 1 or not _out_of_memory(error):
+            raise
+    context.fits[what] = len(inputs) // 2
+    log.warning("%s: out of memory with %d at a time; going on with %d.", what, len(inputs), len(inputs) // 2)
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return _in_halves(context, what, encode, inputs)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """MemoryError, torch.OutOfMemoryError, or the RuntimeError that some drivers raise instead."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+
+
+def _finite(values: Any) -> np.ndarray:
+    values = np.asarray(values, np.float32)
+    if not values.size or not np.isfinite(values).all():
+        raise ValueError("the result is empty or not finite")
+    return values
+
+
+def _bfloat16(values: Any) -> np.ndarray:
+    return _finite(values).astype(ml_dtypes.bfloat16)
+
+
+@contextlib.contextmanager
+def _blaming(what: str, where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise WorkFailed(
+            f"{where}: the {what} failed: {type(error).__name__}: {error}. Nothing of this shard was written; run the same "
+            "command again to go on there."
+        ) from error

@@ -1,0 +1,197 @@
+"""A data set that grows: new photographs get shards of their own, and what is finished is left alone."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from encode import pipeline, records, stats
+from tests.encode import fakes
+
+RESOLUTIONS = (128, 256)
+
+
+def _run(images, out, encoders=None, stop=lambda: False, **changes):
+    config = fakes.config(images, out, **({"resolutions": RESOLUTIONS} | changes))
+    return pipeline.run(config, encoders or fakes.encoders(), stop)
+
+
+def _add(images, first, count):
+    """Pictures first .. first + count, as fakes.photographs would have made them."""
+    extra = fakes.photographs(images.parent / f"extra{first}", first + count)
+    for number in range(first, first + count):
+        for suffix in ("png", "txt"):
+            (extra / f"{number:03d}.{suffix}").rename(images / f"{number:03d}.{suffix}")
+
+
+def _records(out, size):
+    dataset = records.load_dataset(out / str(size))
+    return {
+        record["id"].decode(): record
+        for bucket in dataset["buckets"]
+        for record in records.open_bucket(out / str(size), bucket)
+    }
+
+
+def _times(out):
+    return {
+        path: path.stat().st_mtime_ns for path in out.rglob("*") if "array_record" in path.name or "index" in path.name
+    }
+
+
+def test_new_photographs_alone_are_encoded_and_counted_in(tmp_path):
+    images, out = fakes.photographs(tmp_path / "in", 10), tmp_path / "out"
+    _run(images, out)
+    before, old = _times(out), json.loads((out / "128" / "dataset.json").read_text())
+    _add(images, 10, 5)
+    encoders = fakes.encoders()
+    summary = _run(images, out, encoders)
+    assert summary.encoded == 15
+    assert sum(len(batch) for batch in encoders.vae.seen) == 5 * 2 * 2  # two resolutions, mirrored too
+    assert before.items() <= _times(out).items()
+    for size in RESOLUTIONS:
+        dataset = records.load_dataset(out / str(size))
+        found = _records(out, size)
+        assert dataset["count"] == len(found) == 15
+        parts = [stats.partial(record[name]) for record in found.values() for name in ("latent", "latent_flip")]
+        assert dataset["latent_mean"] == stats.mean_and_std(stats.merge(parts))[0]
+        assert dataset["latent_count"] == stats.merge(parts).count
+    assert records.load_dataset(out / "128")["latent_mean"] != old["latent_mean"]
+    before = fakes.tree(out)
+    assert _run(images, out).encoded == 15
+    assert fakes.tree(out) == before
+
+
+def test_growing_twice_and_killed_in_between_gives_the_same_records(tmp_path):
+    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
+    _run(images, out)
+    _add(images, 6, 4)
+    asked = iter([False] * 3)
+    with pytest.raises(pipeline.Stopped):
+        _run(images, out, stop=lambda: next(asked, True))
+    assert records.load_dataset(out / "128")["count"] == 6  # what was finished can still be trained on
+    assert len(_records(out, 128)) >= 6
+    _add(images, 10, 2)
+    _run(images, out)
+    whole = tmp_path / "whole"
+    _run(images, whole)
+    ours, theirs = _records(out, 256), _records(whole, 256)
+    assert ours.keys() == theirs.keys() and len(ours) == 12
+    for name in ours:
+        assert all(np.array_equal(ours[name][field], theirs[name][field]) for field in ours[name])
+
+
+def test_new_photographs_go_into_the_buckets_that_there_are(tmp_path):
+    images, out = fakes.photographs(tmp_path / "in", 3), tmp_path / "out"
+    _run(images, out)
+    buckets = set(records.load_dataset(out / "128")["buckets"])
+    for name, size in {"near": (100, 68), "wide": (600, 60)}.items():
+        Image.new("RGB", size, "red").save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text(name)
+    assert _run(images, out).encoded == 4
+    assert set(records.load_dataset(out / "128")["buckets"]) == buckets
+    assert "near.png" in _records(out, 128)
+    (row,) = map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())
+    assert (row["file"], row["stage"]) == ("wide.png", "aspect ratio")
+
+
+def test_a_photograph_that_got_its_caption_late_leaves_the_quarantine(tmp_path):
+    images, out = fakes.photographs(tmp_path / "in", 4), tmp_path / "out"
+    caption = (images / "002.txt").read_text()
+    (images / "002.txt").unlink()
+    assert _run(images, out).refused == 1
+    (images / "002.txt").write_text(caption)
+    summary = _run(images, out)
+    assert (summary.encoded, summary.refused) == (4, 0)
+    assert (out / "quarantine.jsonl").read_text() == ""
+
+
+def test_what_left_the_folder_is_named_and_stays(tmp_path, caplog):
+    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
+    asked = iter([False] * 4)
+    with pytest.raises(pipeline.Stopped):
+        _run(images, out, stop=lambda: next(asked, True))
+    (images / "000.png").unlink()
+    (images / "003.txt").unlink()
+    summary = _run(images, out)
+    assert "2 pictures of" in caplog.text and "the first: 000.png" in caplog.text
+    found = _records(out, 128)
+    assert "003.png" in found and found["003.png"]["caption"] == b"picture 3, dark on the right"
+    assert summary.encoded == len(found)
+    rows = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    if "000.png" not in found:  # it was not encoded before it left
+        assert [(row["file"], row["reason"].split(":")[0]) for row in rows] == [("000.png", "cannot be read")]
+
+
+class Scarce(fakes.Vae):
+    """A VAE whose memory takes so many pictures of a size."""
+
+    def encode(self, pixels):
+        if pixels[..., 0].size > 2 * 128 * 128 * 1.3:
+            raise RuntimeError("HIP out of memory. Tried to allocate 20.00 GiB")
+        return super().encode(pixels)
+
+
+def test_a_batch_too_large_for_the_memory_is_halved_and_said_once(tmp_path, caplog):
+    images = fakes.photographs(tmp_path / "in", 24)
+    _run(images, tmp_path / "calm", batch_size=8, shard_size=100, resolutions=(128,))
+    encoders = fakes.encoders()
+    encoders = pipeline.Encoders(Scarce(), encoders.text, encoders.vision)
+    _run(images, tmp_path / "out", encoders, batch_size=8, shard_size=100, resolutions=(128,))
+    assert fakes.tree(tmp_path / "out") == fakes.tree(tmp_path / "calm")
+    said = [line for line in caplog.messages if "out of memory" in line]
+    assert said == [
+        "VAE at 128: out of memory with 8 at a time; going on with 4.",
+        "VAE at 128: out of memory with 4 at a time; going on with 2.",
+    ]
+
+
+def test_a_single_picture_too_large_for_the_memory_stops_the_run(tmp_path):
+    images = fakes.photographs(tmp_path / "in", 2)
+    encoders = fakes.encoders()
+    with pytest.raises(pipeline.WorkFailed, match=r"VAE at 256 failed: RuntimeError: HIP out of memory"):
+        _run(images, tmp_path / "out", pipeline.Encoders(Scarce(), encoders.text, encoders.vision), resolutions=(256,))
+
+
+def test_progress_is_there_for_scripts(tmp_path):
+    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
+    (images / "bare.png").write_bytes((images / "000.png").read_bytes())
+    _run(images, out)
+    found = json.loads((out / "progress.json").read_text())
+    assert found["stage"] == "done" and found["done"] == found["total"] == 6
+    assert found["refused"] == 1 and found["pictures_per_second"] > 0 and found["seconds_left"] == 0
+
+
+def test_the_disk_that_is_needed_is_said_before_and_is_about_what_is_written(tmp_path, caplog):
+    caplog.set_level("INFO")
+    images, out = tmp_path / "in", tmp_path / "out"
+    images.mkdir()
+    for number in range(30):
+        pixels = np.random.default_rng(number).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text("noise")
+    _run(images, out, resolutions=(256,), shard_size=100)
+    (line,) = [line for line in caplog.messages if "will be written" in line]
+    told = float(line.split()[1]) * 1024
+    written = sum(path.stat().st_size for path in out.rglob("latents-*"))
+    assert 0.4 < told / written < 1.6  # the small latents of the fake VAE compress well
+
+
+def test_a_disk_that_is_too_small_is_said_before(tmp_path, caplog, monkeypatch):
+    from encode import leg
+
+    images = fakes.photographs(tmp_path / "in", 4)
+    real = leg.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(leg.shutil, "disk_usage", lambda path: real._replace(free=20_000))
+    _run(images, tmp_path / "out")
+    assert any("That is not enough: the run will stop after about" in line for line in caplog.messages)
+
+
+def test_a_clock_that_jumps_refuses_no_picture(tmp_path, monkeypatch):
+    from pebble.pool import process
+
+    images = fakes.photographs(tmp_path / "in", 8)
+    real, jumps = process.time.time, iter([0.0] * 4 + [7200.0] * 10_000)
+    monkeypatch.setattr(process.time, "time", lambda: real() + next(jumps, 7200.0))
+    assert _run(images, tmp_path / "out").refused == 0
