@@ -12,11 +12,8 @@ table asks whether resizing in linear light would matter. Writes bench/results/e
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
-import platform
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +25,7 @@ import skimage
 from absl import flags
 from PIL import Image, ImageCms, ImageOps
 
+from bench import device
 from encode import commandline, images
 
 os.environ["VIPS_CONCURRENCY"] = "1"
@@ -207,19 +205,12 @@ def _encode(linear: np.ndarray) -> np.ndarray:
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-def _processor() -> str:
-    try:
-        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
-    except (OSError, TypeError):
-        return platform.machine()
-
-
 def main() -> int:
     logging.getLogger("pyvips").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         paths = photographs(Path(folder))
         result = {
-            "device": f"{_processor()}, one thread",
+            "device": f"{device.processor()}, one thread",
             "versions": {"pillow": PIL.__version__, "numpy": np.__version__},
             "command": f"python -m bench.encode_input --rounds={ROUNDS.value}",
             "pictures": "4 JPEGs, 4000 x 3000, quality 92, orientation 6, two of them Display P3",
@@ -227,11 +218,7 @@ def main() -> int:
             "milliseconds of a worker": stages(paths[0], ROUNDS.value),
             "linear light": light(paths),
         }
-    name = re.sub(r"[^a-z0-9]+", "-", _processor().lower()).strip("-")
-    path = Path(__file__).parent / "results" / f"encode-input-{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
-    print(f"Written: {path}")
+    device.write("encode-input", device.processor(), result)
     return 0
 
 

@@ -1,0 +1,26 @@
+"""What a benchmark ran on, and where its result goes."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from pathlib import Path
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
+    except (OSError, TypeError):
+        return platform.machine()
+
+
+def write(name: str, device: str, result: dict) -> Path:
+    """bench/results/NAME-DEVICE.json, also printed."""
+    text = json.dumps(result, indent=2)
+    path = Path(__file__).parent / "results" / f"{name}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    path.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    print(f"Written: {path}")
+    return path
