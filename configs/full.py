@@ -22,7 +22,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     micro_batch, total_steps, shift = STAGES[stage]
     return ConfigDict(
         {
-            "data": {"path": "", "holdout_fraction": 0.01, "text_lengths": (), "normalize_vision": False},
+            "data": {
+                "path": "",
+                "holdout_fraction": 0.01,
+                "text_lengths": (),
+                "normalize_vision": False,
+                "accept_growth": False,
+            },
             "model": {
                 "layers": 24,
                 "width": 1024,

@@ -11,7 +11,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     del arg
     return ConfigDict(
         {
-            "data": {"path": "", "holdout_fraction": 0.0, "text_lengths": (), "normalize_vision": False},
+            "data": {
+                "path": "",
+                "holdout_fraction": 0.0,
+                "text_lengths": (),
+                "normalize_vision": False,
+                "accept_growth": False,
+            },
             "model": {
                 "layers": 12,
                 "width": 384,

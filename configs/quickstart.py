@@ -17,6 +17,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "holdout_fraction": 0.0,
                 "text_lengths": (32, 64, 128, 256),
                 "normalize_vision": False,
+                "accept_growth": False,
             },
             "model": {
                 "layers": 4,

@@ -76,9 +76,7 @@ class Dataset:
         normalize_vision: bool = False,
     ):
         self.path = Path(path).expanduser()
-        self.info = records.load_dataset(self.path)
-        self.mean = np.asarray(self.info["latent_mean"], np.float32)
-        self.std = np.asarray(self.info["latent_std"], np.float32)
+        self.describe(records.load_dataset(self.path))
         self.normalize_vision = normalize_vision
         self.buckets = sorted(self.info["buckets"])
         self.index = {name: records.read_bucket_index(self.path, self.info, name) for name in self.buckets}
@@ -93,6 +91,11 @@ class Dataset:
                 f"{path}: data.holdout_fraction={holdout_fraction} leaves none of its {self.info['count']} images to "
                 "train on; make it smaller."
             )
+
+    def describe(self, info: dict[str, Any]) -> None:
+        """Take the content of dataset.json, or a run's copy of it, which keeps the statistics that the run began with."""
+        self.info = info
+        self.mean, self.std = (np.asarray(info[name], np.float32) for name in ("latent_mean", "latent_std"))
 
     def _text_lengths(self, wanted: Sequence[int] | None) -> tuple[int, ...]:
         longest = max(

@@ -60,7 +60,7 @@ def train(config: Any, workdir: str | Path) -> str:
         normalize_vision=config.data.normalize_vision,
     )
     with only_one(workdir):
-        folder.claim(workdir, config, dataset.path, dataset.info)
+        dataset.describe(folder.claim(workdir, config, dataset.path, dataset.info))
         return run(config, workdir, dataset, warmup)
 
 

@@ -18,6 +18,8 @@ FIXED = (
     *("data.holdout_fraction", "data.text_lengths", "data.normalize_vision"),
 )
 
+STATISTICS = ("latent_mean", "latent_std", "latent_count")
+
 POSITIVE = {
     "model": ("layers", "width", "heads", "patch", "scan_unroll"),
     "flow": ("std", "shift"),
@@ -84,11 +86,14 @@ def check(config: Any, devices: int) -> None:
             raise InputError(message)
 
 
-def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any]) -> None:
+def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any]) -> dict[str, Any]:
     """Take a new working folder, or make sure that an old one was begun with this configuration and data.
 
     Writes config.json and dataset.json (copies, so that the folder can be sampled alone); changes of the fields that may
     change go to config_history.jsonl.
+
+    Returns:
+      the data set as this folder sees it: grown, but with the statistics that its checkpoints were trained with.
     """
     for name, info in dataset["buckets"].items():
         if any(side % config.model.patch for side in info["latent"][:2]):
@@ -109,7 +114,7 @@ def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any]) 
             )
         write_json(workdir / "dataset.json", dataset)
         write_json(path, now)
-        return
+        return dataset
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -122,18 +127,50 @@ def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any]) 
                 "take the old value, or a new --workdir."
             )
     copy = json.loads((workdir / "dataset.json").read_text())
-    for key in ("fingerprint", "buckets", "latent_mean", "latent_std", "widths"):
-        if copy[key] != json.loads(json.dumps(dataset[key])):
-            raise InputError(
-                f"{workdir} was begun with another data set: {key} of {data_path}/dataset.json differs from its copy; "
-                "name the first data set, or a new --workdir."
-            )
+    dataset = _same_data(workdir, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
     if differences:
         with open(workdir / "config_history.jsonl", "a") as file:
             for name, old, new in differences:
                 file.write(json.dumps({"time": time.time(), "field": name, "from": old, "to": new}) + "\n")
                 logging.info("Changed since the last start: %s from %s to %s.", name, old, new)
         write_json(path, now)
+    if dataset != copy:
+        write_json(workdir / "dataset.json", dataset)
+    return dataset
+
+
+def _same_data(workdir: Path, copy: dict, data_path: Path, dataset: dict, accept_growth: bool) -> dict:
+    """The folder's copy of dataset.json, or the grown data set with the copy's statistics.
+
+    A copy of grown data keeps under "own" the statistics that the data set itself has.
+    """
+    own = copy.get("own", {name: copy[name] for name in STATISTICS})
+    differing = [key for key in ("fingerprint", "widths", "buckets") if copy[key] != dataset[key]]
+    differing += [name for name in STATISTICS if own[name] != dataset[name]]
+    if not differing:
+        return copy
+    if copy["count"] >= dataset["count"] or not _is_growth(copy, dataset):
+        raise InputError(
+            f"{workdir} was begun with another data set: {differing[0]} of {data_path}/dataset.json differs from its copy; "
+            "name the first data set, or a new --workdir."
+        )
+    if not accept_growth:
+        raise InputError(
+            f"{data_path} has grown from {copy['count']} to {dataset['count']} images since {workdir} was begun; take the "
+            "new ones in with --config.data.accept_growth=True (normalisation stays what the checkpoints know)."
+        )
+    logging.info("The data set has grown from %d to %d images; all are taken.", copy["count"], dataset["count"])
+    start = {name: copy[name] for name in STATISTICS}
+    return dataset | start | {"own": {name: dataset[name] for name in STATISTICS}}
+
+
+def _is_growth(copy: dict, dataset: dict) -> bool:
+    """The same encoders and the same buckets, each with as many images as before or more."""
+    old, new = copy["buckets"], dataset["buckets"]
+    same = all(copy[key] == dataset[key] for key in ("fingerprint", "widths")) and old.keys() == new.keys()
+    return same and all(
+        new[name]["latent"] == old[name]["latent"] and new[name]["count"] >= old[name]["count"] for name in old
+    )
 
 
 def changed_fields(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

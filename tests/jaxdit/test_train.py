@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,6 +224,40 @@ def test_a_folder_begun_with_other_data_is_refused(undisturbed, tmp_path):
     make_data.dataset(tmp_path / "64", {"64x64": 9, "48x80": 6}, seed=5)
     with pytest.raises(InputError, match="another data set: latent_mean"):
         train.train(tiny(tmp_path / "64"), undisturbed)
+
+
+def test_grown_data_is_taken_only_when_asked_and_keeps_the_statistics_of_the_start(tmp_path):
+    root, workdir = tmp_path / "64", tmp_path / "run"
+    make_data.dataset(root, {"64x64": 6, "48x80": 4}, shard=2)
+    train.train(tiny(root, **{"train.total_steps": 20}), workdir)
+    start = json.loads((workdir / "dataset.json").read_text())
+    shutil.rmtree(root)
+    make_data.dataset(root, {"64x64": 9, "48x80": 4}, shard=2)
+    grown = json.loads((root / "dataset.json").read_text())
+    with pytest.raises(InputError, match=r"has grown from 10 to 13 images .* --config\.data\.accept_growth=True"):
+        train.train(tiny(root), workdir)
+    assert json.loads((workdir / "dataset.json").read_text()) == start
+    more = tiny(root, **{"train.total_steps": 26, "data.accept_growth": True})
+    assert train.train(more, workdir) == "done"
+    copy = json.loads((workdir / "dataset.json").read_text())
+    assert copy["count"] == 13 and copy["buckets"] == grown["buckets"]
+    assert copy["latent_mean"] == start["latent_mean"] != grown["latent_mean"]
+    assert train.train(tiny(root, **{"train.total_steps": 28}), workdir) == "done"  # taken once, known from then on
+    assert metrics.read(workdir)[-1]["step"] == 28
+    shutil.rmtree(root)
+    make_data.dataset(root, {"64x64": 9, "48x80": 4}, shard=2, seed=3)
+    with pytest.raises(InputError, match="another data set: latent_mean"):
+        train.train(tiny(root, **{"data.accept_growth": True}), workdir)
+
+
+def test_normalisation_of_a_run_on_grown_data_is_that_of_the_start(tmp_path):
+    root = tmp_path / "64"
+    make_data.dataset(root, {"64x64": 6})
+    dataset = data.Dataset(root)
+    before = dataset.read("64x64", np.array([0]), np.array([False]))["latent"]
+    dataset.describe(dataset.info | {"latent_mean": [0.0] * 16, "latent_std": [1.0] * 16})
+    raw = dataset.read("64x64", np.array([0]), np.array([False]))["latent"]
+    assert abs(before.mean()) < 0.5 and abs(raw.mean() - 3) < 0.5
 
 
 def test_a_folder_that_is_no_working_folder_is_refused(path, tmp_path):
