@@ -1,9 +1,9 @@
 """Encode photographs for the full model: Flux VAE, T5-Large, DINOv3, at the three resolutions of the run.
 
-    python -m encode.main --config=configs/encode_flux.py --config.images=DIR --config.out=DIR \\
-        --config.vae.path=DIR --config.text.path=DIR --config.vision.path=DIR
+    python -m encode.main --config=configs/encode_flux.py --config.images=DIR --config.out=DIR
 
-The paths are folders with the downloaded weights.
+A model's path is a folder, or the id of a Hugging Face repository: taken from its cache, and fetched once where it is not
+there. DINOv3 (and Flux, where its page asks) wants its terms accepted on its page and `hf auth login` first.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +28,16 @@ def get_config(arg=None):
     config.decode_memory = 6144
     config.flip = True
 
-    config.vae = ConfigDict({"name": "flux", "path": "", "dtype": "bfloat16"})
-    config.text = ConfigDict({"name": "t5", "path": "", "max_tokens": 512, "dtype": "bfloat16"})
-    config.vision = ConfigDict({"name": "dinov3", "path": "", "area": 512 * 512, "precomputed": False})
+    config.device = "auto"  # cuda (ROCm as well), else mps, else cpu; or one by name: "cuda:1"
+    config.vae = ConfigDict({"name": "flux", "path": "black-forest-labs/FLUX.1-schnell", "dtype": "bfloat16"})
+    config.text = ConfigDict({"name": "t5", "path": "google-t5/t5-large", "max_tokens": 512, "dtype": "bfloat16"})
+    config.vision = ConfigDict(
+        {
+            "name": "dinov3",
+            "path": "facebook/dinov3-vitl16-pretrain-lvd1689m",
+            "area": 512 * 512,
+            "dtype": "float32",
+            "precomputed": False,
+        }
+    )
     return config

@@ -2,11 +2,12 @@
 
 `load_vae`, `load_text` and `load_vision` take a section of the configuration (name, path, dtype, ...) and give an object
 with a JSON-able `fingerprint` of everything that decides its output; encoded data carry it. The real models are in
-torch_encoders.py, imported only when one is named: PyTorch takes seconds.
+torch_encoders.py, imported only when one is named: PyTorch takes seconds. `device` is config.device; demo ones ignore it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ import numpy as np
 from encode.demo_encoders import DemoText, DemoVAE, DemoVision
 from encode.prepare import Resizing
 from encode.records import InputError
+
+log = logging.getLogger(__name__)
 
 
 class VAE(Protocol):
@@ -58,35 +61,60 @@ class Vision(Protocol):
         """The same of pictures that went through `resizing` already."""
 
 
-def load_vae(section: Mapping[str, Any]) -> VAE:
+def load_all(config: Any) -> tuple[VAE, Text, Vision | None]:
+    """The three encoders of a configuration, and one line about where they run; precomputed vectors need no vision."""
+    device = config.get("device", "auto")
+    vae, text = load_vae(config.vae, device), load_text(config.text, device)
+    vision = None if config.vision.precomputed else load_vision(config.vision, device)
+    if line := running([vae, text, vision]):
+        log.info(line)
+    return vae, text, vision
+
+
+def running(encoders: Sequence[Any]) -> str:
+    """Which model runs where and in which dtype, as one sentence; "" where none is a real one."""
+    models: dict[str, list[str]] = {}
+    for encoder in encoders:
+        if where := getattr(encoder, "runs", None):
+            model, device, dtype = where
+            models.setdefault(f"on {device}, {dtype}", []).append(model)
+    words = [
+        f"{', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]} run{'' if names[1:] else 's'} {place}"
+        for place, names in models.items()
+    ]
+    return f"{'; '.join(words)}." if words else ""
+
+
+def load_vae(section: Mapping[str, Any], device: str = "auto") -> VAE:
     """The VAE that a section of the configuration names: "demo", or "flux" with path and dtype."""
 
     def flux() -> VAE:
         from encode.torch_encoders import FluxVAE
 
-        return FluxVAE(section["path"], dtype=section["dtype"])
+        return FluxVAE(section["path"], dtype=section["dtype"], device=device)
 
     return _choose("vae", section, {"demo": DemoVAE, "flux": flux})
 
 
-def load_text(section: Mapping[str, Any]) -> Text:
+def load_text(section: Mapping[str, Any], device: str = "auto") -> Text:
     """The text encoder that a section names, with max_tokens: "demo", or "t5" with path and dtype."""
 
     def t5() -> Text:
         from encode.torch_encoders import T5Text
 
-        return T5Text(section["path"], dtype=section["dtype"], max_tokens=section["max_tokens"])
+        return T5Text(section["path"], dtype=section["dtype"], max_tokens=section["max_tokens"], device=device)
 
     return _choose("text", section, {"demo": lambda: DemoText(section["max_tokens"]), "t5": t5})
 
 
-def load_vision(section: Mapping[str, Any]) -> Vision:
+def load_vision(section: Mapping[str, Any], device: str = "auto") -> Vision:
     """The vision encoder that a section names, with area: "demo", or "dinov3" with path (and dtype, else float32)."""
 
     def dinov3() -> Vision:
         from encode.torch_encoders import DINOv3Vision
 
-        return DINOv3Vision(section["path"], dtype=section.get("dtype", "float32"), area=section["area"])
+        dtype = section.get("dtype", "float32")
+        return DINOv3Vision(section["path"], dtype=dtype, area=section["area"], device=device)
 
     return _choose("vision", section, {"demo": lambda: DemoVision(section["area"]), "dinov3": dinov3})
 

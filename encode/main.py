@@ -54,11 +54,7 @@ def load(config: Any) -> Any:
     from encode import encoders, pipeline
 
     try:
-        return pipeline.Encoders(
-            vae=encoders.load_vae(config.vae),
-            text=encoders.load_text(config.text),
-            vision=None if config.vision.precomputed else encoders.load_vision(config.vision),
-        )
+        return pipeline.Encoders(*encoders.load_all(config))
     except (ValueError, OSError) as error:
         raise InputError(f"an encoder cannot be loaded: {error}") from error
 

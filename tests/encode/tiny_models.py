@@ -38,8 +38,11 @@ def save_vae(folder: Path, **changes) -> Path:
     return folder
 
 
-def save_t5(folder: Path) -> Path:
-    """A T5 with the decoder's weights in the file as well, and a tokenizer trained on the spot, as spiece.model."""
+def save_t5(folder: Path, **changes) -> Path:
+    """A T5 with the decoder's weights in the file as well, and a tokenizer trained on the spot, as spiece.model.
+
+    T5 v1.1 is save_t5(folder, feed_forward_proj="gated-gelu", tie_word_embeddings=False).
+    """
     torch.manual_seed(1)
     folder.mkdir(parents=True)
     sentencepiece.SentencePieceTrainer.train(
@@ -54,17 +57,19 @@ def save_t5(folder: Path) -> Path:
     )
     (folder / "spiece.vocab").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"extra_ids": 0, "model_max_length": 512}))
-    config = transformers.T5Config(
-        vocab_size=128,
-        d_model=TEXT_WIDTH,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        feed_forward_proj="relu",
+    settings = {
+        "vocab_size": 128,
+        "d_model": TEXT_WIDTH,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+        "feed_forward_proj": "relu",
+    }
+    _spread(transformers.T5ForConditionalGeneration(transformers.T5Config(**settings | changes))).save_pretrained(
+        folder
     )
-    _spread(transformers.T5ForConditionalGeneration(config)).save_pretrained(folder)
     return folder
 
 
@@ -79,7 +84,17 @@ def save_dinov3(folder: Path) -> Path:
         image_size=64,
         num_register_tokens=4,
     )
-    _spread(transformers.DINOv3ViTModel(config)).save_pretrained(folder)
+    return _save_vision(transformers.DINOv3ViTModel(config), folder)
+
+
+def save_dinov3_convnext(folder: Path) -> Path:
+    torch.manual_seed(3)
+    config = transformers.DINOv3ConvNextConfig(hidden_sizes=[8, 16, 24, VISION_WIDTH], depths=[1, 1, 2, 1])
+    return _save_vision(transformers.DINOv3ConvNextModel(config), folder)
+
+
+def _save_vision(model: torch.nn.Module, folder: Path) -> Path:
+    _spread(model).save_pretrained(folder)
     settings = IMAGENET | {
         "image_processor_type": "DINOv3ViTImageProcessorFast",
         "resample": 2,
