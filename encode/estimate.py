@@ -1,6 +1,6 @@
 """What an encode run would be, before anything is written: pictures, buckets, refusals, disk and time.
 
-Sizes come from all headers, time and bytes from really encoding a few batches of the fullest bucket, kept elsewhere.
+Sizes come from all headers, time and bytes from really encoding up to 200 pictures of the fullest bucket, kept elsewhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from encode import plan as plan_rules
 from encode.leg import amount, span
 from encode.workers import Workers
 
-BATCHES = 3  # encoded to measure; the first warms up
+SAMPLE, PATIENCE = 200, 120.0  # pictures encoded to measure, in so many seconds at most; the first batch warms up
 NAMED = 10  # refused inputs shown
 
 
@@ -63,8 +63,7 @@ def _measure(context: pipeline.Context, jobs: Sequence[pipeline.Job]) -> tuple[f
         pictures[job.shape] += len(job.entries)
     fullest = max(pictures, key=lambda shape: (pictures[shape], shape))
     entries = [(job, entry) for job in jobs if job.shape == fullest for entry in job.entries]
-    step = max(1, len(entries) // (BATCHES * config.batch_size))
-    sample = entries[::step][: BATCHES * config.batch_size]
+    sample = entries[:: max(1, len(entries) // SAMPLE)][:SAMPLE]
     tasks = [context.task(job, entry) for job, entry in sample]
     list(context.workers.map(prepare.prepare, tasks[:1], 1))  # starts the processes
     began = time.monotonic()
@@ -74,6 +73,8 @@ def _measure(context: pipeline.Context, jobs: Sequence[pipeline.Job]) -> tuple[f
     timed: list[tuple[float, int]] = []
     rows, sums = ({size: [] for size in config.resolutions} for _ in range(2))
     for number, start in enumerate(range(0, len(good), config.batch_size)):
+        if number > 1 and sum(seconds for seconds, _ in timed) > PATIENCE:
+            break
         batch = good[start : start + config.batch_size]
         part: dict[str, list] = {"quarantine": [], "truncated": [], "records": []}
         began = time.monotonic()

@@ -26,7 +26,7 @@ from encode.plan import Stopped
 from encode.records import InputError
 from encode.shard import Context, Encoders, Job, WorkFailed, encode_batch, encode_shard
 from encode.source import Collection, Item, Problem, walk
-from encode.workers import Workers
+from encode.workers import CannotStart, Workers
 
 __all__ = ["Context", "Encoders", "Job", "Stopped", "Summary", "WorkFailed", "begin", "encode_batch", "run"]
 log = logging.getLogger(__name__)
@@ -70,6 +70,8 @@ def run(
             Workers(config.decode_workers, config.decode_seconds, config.decode_memory) as workers,
         ):
             return _run(config, out, encoders, workers, stop, only)
+    except CannotStart as error:
+        raise WorkFailed(f"{error}.") from error
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

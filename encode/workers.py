@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import TimeoutError
@@ -22,6 +23,11 @@ import pebble
 from encode.images import ImageProblem
 
 TRIES = 2
+STARTING = 60.0  # seconds until the first process must be ready
+
+
+class CannotStart(RuntimeError):
+    """The processes do not come up."""
 
 
 class Workers:
@@ -39,6 +45,9 @@ class Workers:
         # A server without threads or PyTorch forks the processes: starting one takes milliseconds.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["encode.prepare"])
+        main = sys.modules["__main__"]
+        if not os.path.exists(getattr(main, "__file__", os.curdir)):
+            del main.__file__  # a program read from a pipe: the processes would look for it and die
         self._pool = self._start()
 
     def __enter__(self) -> Workers:
@@ -60,7 +69,7 @@ class Workers:
           the result, or an ImageProblem where the file took too long, too much memory, or its process with it.
 
         Raises:
-          RuntimeError: the processes cannot be started.
+          CannotStart: the processes died and did not come up again.
         """
         pending: deque = deque()
         try:
@@ -75,9 +84,18 @@ class Workers:
                 future.cancel()
 
     def _start(self) -> pebble.ProcessPool:
-        return pebble.ProcessPool(
+        pool = pebble.ProcessPool(
             self.count, context=self._context, initializer=_limit, initargs=(self.memory * 2**20,)
         )
+        try:
+            pool.schedule(os.getpid).result(timeout=STARTING)
+        except (TimeoutError, BrokenProcessPool, pebble.ProcessExpired) as error:
+            pool.stop()
+            raise CannotStart(
+                f"the processes that read pictures cannot be started (not one was ready after {STARTING:.0f} s); what they "
+                "said stands above"
+            ) from error
+        return pool
 
     def _submit(self, function: Callable, value: Any) -> tuple[Any, pebble.ProcessPool]:
         return self._pool.schedule(_call, (function, value, self.memory), timeout=self.seconds), self._pool
@@ -90,15 +108,12 @@ class Workers:
                 problem = f"takes longer than config.decode_seconds={self.seconds:g} to decode"
             except pebble.ProcessExpired as error:
                 problem = f"the decoder died of it ({_cause(error.exitcode)})"
-            except BrokenProcessPool as error:
-                problem = None
-                if pool is self._pool:  # a process died between two files; the first to notice starts them anew
+            except BrokenProcessPool:
+                problem = "the processes that read pictures died with it"
+                if pool is self._pool:  # the first to notice starts them anew
                     self._pool = self._start()
-                broken = error
             future, pool = self._submit(function, value)
         future.cancel()
-        if problem is None:
-            raise RuntimeError("the decoding processes die as soon as they are started") from broken
         return value, ImageProblem(problem)
 
 

@@ -115,3 +115,23 @@ def test_no_process_outlives_a_killed_parent():
     while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in pids):
         time.sleep(0.05)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_program_from_a_pipe_can_use_them():
+    code = "from encode.workers import Workers\nfrom encode import images\nwith Workers(1, 5, 512) as pool:\n"
+    code += "    print(list(pool.map(images.pixel_hash, [], 1)), flush=True)"
+    done = subprocess.run([sys.executable, "-"], input=code, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_processes_that_never_come_up_are_an_error_and_not_a_wait(tmp_path):
+    (tmp_path / "broken.py").write_text(
+        "import sys\nsys.path.insert(0, sys.argv[1] if len(sys.argv) > 1 else '')\n"
+        "if __name__ != '__main__':\n    raise SystemExit(3)\n"
+        "from encode import workers\nworkers.STARTING = 2.0\n"
+        "try:\n    workers.Workers(2, 5, 512)\nexcept workers.CannotStart as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, tmp_path / "broken.py", ROOT], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert "cannot be started (not one was ready after 2 s)" in done.stdout, done.stderr
