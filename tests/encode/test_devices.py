@@ -9,9 +9,9 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
-from encode import devices, encoders, torch_encoders
+from encode import devices, encoders, pipeline, torch_encoders
 from encode.records import InputError
-from tests.encode import tiny_models
+from tests.encode import fakes, tiny_models
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,23 @@ def test_a_vae_that_goes_bad_after_two_hundred_pictures_is_found_before_its_batc
         for _ in range(100):
             given += len(vae.encode(np.stack([PICTURE] * 4)))
     assert 150 < given < 200 + 40
+
+
+def test_a_run_stops_at_a_bad_device_with_nothing_of_the_shard_written(doubted, monkeypatch, tmp_path):
+    found = pipeline.Encoders(doubted("vae"), doubted("text"), doubted("vision"))
+    calls, whole = [], found.vae._module.encoder.forward
+    monkeypatch.setattr(devices, "PROVE_EVERY", 8)  # the shards have two pictures, each encoded with its mirror image
+
+    def forward(values):
+        calls.append(1)
+        return whole(values if len(calls) < 6 else values.flip(3))
+
+    monkeypatch.setattr(found.vae._module.encoder, "forward", forward)
+    config = fakes.config(fakes.photographs(tmp_path / "in", 12), tmp_path / "out")
+    with pytest.raises(pipeline.WorkFailed, match="EncoderFailed: VAE on the CPU: the code is off by"):
+        pipeline.run(config, found)
+    assert len(list((tmp_path / "out").rglob("*.array_record*"))) == 2  # calls 1 to 5: two shards, and the first proof
+    assert not list((tmp_path / "out").rglob("dataset.json"))
 
 
 def test_a_decoder_alone_that_is_wrong_shows_in_the_round_trip(doubted, monkeypatch):
