@@ -98,7 +98,8 @@ def forced(sizes: Sequence[tuple[int, int]], cells: int, resolution: int) -> lis
     """The shapes of buckets that a person named, as (width, height) in pixels at one resolution.
 
     Raises:
-      ValueError: one is no pair of positive multiples of the grid, or its area is far from the resolution's square.
+      ValueError: one is no pair of positive multiples of the grid, its area is far from the resolution's square, or two are
+        of one shape.
     """
     grid, shapes = resolution // cells, []
     for size in sizes:
@@ -108,6 +109,10 @@ def forced(sizes: Sequence[tuple[int, int]], cells: int, resolution: int) -> lis
             raise ValueError(f"{size[0]}x{size[1]}: both sides must be multiples of {grid}")
         if not 0.25 <= size[0] * size[1] / resolution**2 <= 2:
             raise ValueError(f"{size[0]}x{size[1]}: the area is not near that of {resolution}x{resolution}")
+        if other := next((one for one in shapes if one[0] * size[1] == one[1] * size[0]), None):
+            raise ValueError(
+                f"{size[0]}x{size[1]} has the shape of {other[0] * grid}x{other[1] * grid}; name one of them"
+            )
         shapes.append((size[0] // grid, size[1] // grid))
     return sorted(set(shapes), key=lambda shape: (shape[0] / shape[1], shape))
 

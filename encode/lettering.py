@@ -14,9 +14,19 @@ from encode import swap_words as W
 from encode.swap_words import OCCURRENCE, SIDE, split
 
 _QUOTES = re.compile(r"(?<!\d)\"|[“”„«»]|(?<!\w)['‘](?=\w)[^'’\n]{2,60}['’](?!\w)")
-_INITIALS = re.compile(r"[(\[][LR]\.?[)\]]|\b[LR]\.? ?(?:to|and|[-–/&]) ?[LR]\b|^\s*[LR]\s*:", re.IGNORECASE)
-_RUN_TOGETHER = re.compile(
-    r"(?:on|to|at|in|of|by|from)?(?:the|its|his|her)?(?:left|right)(?:side|hand|of|and|corner|most|is|the|with|in|on)*"
+_INITIALS = re.compile(r"[(\[][LR]\.?[)\]]|\b[LR]\.? ?(?:to|and|->|=>|[-–—/&→⟶➔]) ?[LR]\b|^\s*[LR]\s*:", re.IGNORECASE)
+# Words that hold a left or right and name none; any other such word ("topleft", "rightside", a typing error) is in doubt.
+_HARMLESS = re.compile(
+    r"\w*bright\w*|copyright\w*|upright\w*|\w*fright\w*|\w*wright\w*|(?:out|down|forth|birth|al|a)right\w*|sprightl\w+|"
+    r"righteous\w*|rightful\w*|rightly|rightness|rights|cleft\w*|leftovers?"
+)
+_ELSEWHERE = re.compile(  # sides of a dial; Dutch and German compounds
+    r"\b(?:\d{1,2}|one|two|three|four|five|seven|eight|nine|ten|eleven) ?o['’]?clock\b|\b(?:linker|rechter)[a-zß-ü]+\b",
+    re.IGNORECASE,
+)
+_PAINTED = re.compile(  # a sign STOP; FedEx painted on it
+    r"\b[Ss]igns?(?: \w+){0,2} [A-Z]{2,}\b|"
+    r"\b[A-Z]\w+ (?:painted|printed|stamped|engraved|embroidered|stencill?ed|emblazoned) (?:on|across|along|in|over)\b"
 )
 _OTHER_SCRIPTS = re.compile(
     r"左|右|왼|오른|лев|прав|αριστερ|δεξι|يسار|يمين|שמאל|ימין|बाए|बाईं|दाए|दाईं|ซ้าย|ขวา", re.IGNORECASE
@@ -29,8 +39,12 @@ def unmirrored(caption: str) -> bool:
     """Lettering, times, maps; sides that are named in other ways than by left and right."""
     if not caption.isascii():
         caption = unicodedata.normalize("NFC", caption)
-        if _OTHER_SCRIPTS.search(caption):
+        plain = "".join(sign for sign in unicodedata.normalize("NFKC", caption) if unicodedata.category(sign) != "Cf")
+        hidden = len(SIDE.findall(plain.lower())) != len(SIDE.findall(caption.lower()))  # wide letters, invisible signs
+        if hidden or _OTHER_SCRIPTS.search(caption):
             return True
+    if _ELSEWHERE.search(caption) or _PAINTED.search(caption):
+        return True
     solid = [word for word in split(caption) if not word.isspace()]
     lower = [word.lower().replace("’", "'") for word in solid]
     known = set(lower)
@@ -42,7 +56,8 @@ def unmirrored(caption: str) -> bool:
         return True
     if known & W.CLOCKS and (known & W.TELLING or re.search(r"\d:\d\d", caption)):
         return True
-    if any(_RUN_TOGETHER.fullmatch(word) and not OCCURRENCE.fullmatch(word) for word in known if SIDE.search(word)):
+    holding = [word.removesuffix("'s") for word in known if SIDE.search(word)]
+    if any(not OCCURRENCE.fullmatch(word) and not _HARMLESS.fullmatch(word) for word in holding):
         return True
     return not known.isdisjoint(_SHOWN) and any(
         _shown(solid, lower, place) for place, word in enumerate(lower) if word in _SHOWN
