@@ -193,6 +193,8 @@ def refused(head: bytes, suffix: str) -> str | None:
     if _SVG.match(head):
         return _DRAWING
     known = signature(head)
+    if suffix in ("cap", "raw") and head.isascii() and head.decode("ascii").strip().isprintable():
+        return None  # a text that happens to be called so
     if suffix in RAW and known in ("TIFF", None):
         return _RAW  # its first page is a small preview
     return REFUSED.get(suffix) if known is None else None

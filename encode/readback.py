@@ -51,7 +51,7 @@ def channels(context: Any, jobs: Sequence, parts: Sequence[Mapping], datasets: M
         )
         words = (
             f"Drawn from {number(found.total)} values a channel, of {many(found.pictures, 'latent')}; mean and deviation are "
-            f"of all {number(datasets[size]['latent_count'])}."
+            f"of all {number(datasets[size]['latent_count'])}, mirror images included."
         )
         blocks.append((size, f'<p class="soft">{words}</p><div class="channels">{cells}</div>'))
     first = f"<h3>At {blocks[0][0]}</h3>{blocks[0][1]}"
