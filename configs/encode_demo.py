@@ -24,6 +24,8 @@ def get_config(arg=None):
     config.decode_seconds = 60.0  # a file that takes longer is quarantined
     config.decode_memory = 4096  # MiB; so is one that takes more
     config.flip = True  # encode mirror images with swapped captions as well
+    config.engine = "local"  # or "ray": many machines, docs/many_machines.md says how and what the next line means
+    config.ray = ConfigDict({"actors": 0, "gpus": -1.0, "cpus": 0})
 
     config.vae = ConfigDict({"name": "demo", "path": "", "dtype": "float32"})
     config.text = ConfigDict({"name": "demo", "path": "", "max_tokens": 64, "dtype": "float32"})

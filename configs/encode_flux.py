@@ -27,6 +27,14 @@ def get_config(arg=None):
     config.decode_seconds = 60.0
     config.decode_memory = 6144
     config.flip = True
+    config.engine = "local"  # or "ray": many machines, docs/many_machines.md
+    config.ray = ConfigDict(
+        {
+            "actors": 0,  # at most; 0: as many as the cluster has room for
+            "gpus": -1.0,  # of an actor; -1: one if the cluster has any, else none
+            "cpus": 0,  # of an actor, for reading pictures; 0: a node's, divided by its actors
+        }
+    )
 
     config.device = "auto"  # cuda (ROCm as well), else mps, else cpu; or one by name: "cuda:1"
     config.vae = ConfigDict({"name": "flux", "path": "black-forest-labs/FLUX.1-schnell", "dtype": "bfloat16"})

@@ -104,6 +104,19 @@ def _parse(default: str | None) -> Any:
     return config
 
 
+def refuse_url(field: str, value: str) -> None:
+    """A bucket is read and written as a folder or not at all.
+
+    Raises:
+      InputError: the value is a URL; the message says what to do.
+    """
+    if "://" in value:
+        raise InputError(
+            f"{field}={value}: a folder is wanted, not a URL (ArrayRecord writes to files alone); mount the bucket as one "
+            "(JuiceFS, gcsfuse, rclone mount; mountpoint-s3 for photographs), or copy it: docs/many_machines.md says what works."
+        )
+
+
 def path_of(folder: str) -> Path:
     """A path as a person writes it, ~ included."""
     return Path(folder).expanduser()

@@ -100,7 +100,7 @@ def _dataset(context: Any, plan, jobs, parts, resolution: int) -> dict[str, Any]
         "widths": widths,
         "text_longest": max(max(row[2], row[3]) for row in rows),
         "duplicates": sum(count - 1 for count in Counter(row[1] for row in rows).values()),
-        "config": {name: value for name, value in settings.items() if name != "out"},
+        "config": {name: value for name, value in settings.items() if name not in ("out", "engine", "ray")},
     }
 
 

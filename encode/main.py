@@ -8,6 +8,7 @@ Run again with the same configuration after any interruption: it goes on where i
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -70,6 +71,8 @@ def check(config: Any) -> None:
     for name in ("images", "out"):
         if not config[name]:
             raise InputError(f"config.{name} is empty; give the folder with --config.{name}=DIR.")
+        commandline.refuse_url(f"config.{name}", config[name])
+    _check_engine(config)
     if not config.resolutions or len(set(config.resolutions)) != len(config.resolutions):
         raise InputError(f"config.resolutions={config.resolutions}: one or more different numbers are wanted.")
     try:
@@ -98,6 +101,18 @@ def check(config: Any) -> None:
         raise InputError(
             f"config.max_distortion={config.max_distortion}: a ratio of 1 (no distortion) or more is wanted."
         )
+
+
+def _check_engine(config: Any) -> None:
+    """A configuration that dataset.json kept names none: it is the local one."""
+    engine = config.get("engine", "local")
+    if engine not in ("local", "ray"):
+        raise InputError(f"config.engine={engine!r}: unknown; the choices are local, ray.")
+    if engine == "ray":
+        for name in ("actors", "cpus"):
+            if config.ray[name] < 0:
+                raise InputError(f"config.ray.{name}={config.ray[name]}: at least 0 is wanted.")
+        importlib.import_module("encode.ray_engine")  # says what is to be installed if it is not
 
 
 def _stop_on_signal(asked: threading.Event) -> None:

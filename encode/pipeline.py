@@ -105,6 +105,7 @@ def begin(
 
 
 def _run(config: Any, out: Path, encoders: Encoders, workers: Workers, stop, only) -> Summary:
+    records.sweep(out)
     context, plan, jobs = begin(config, encoders, workers, stop, only)
     say_problems("before encoding", plan["quarantine"])
     largest, pictures = max(config.resolutions), Counter()
@@ -116,11 +117,12 @@ def _run(config: Any, out: Path, encoders: Encoders, workers: Workers, stop, onl
     say_need(out, bytes_to_write(context, todo))
     progress = Progress("pictures encoded", pictures.total(), sum(len(job.entries) for job in todo), out)
     progress.refused = len(plan["quarantine"])
-    tasks = (context.task(job, entry) for job in todo for entry in job.entries)
-    read = workers.map(prepare.prepare, tasks, 2 * config.batch_size + 2 * workers.count)
-    with contextlib.closing(read):
-        for job in todo:
-            encode_shard(context, job, read, progress)
+    if todo and config.get("engine") == "ray":  # a configuration that dataset.json kept has none
+        from encode import ray_engine  # Ray need not be installed where nothing is distributed
+
+        ray_engine.encode(context, plan, todo, progress)
+    else:
+        _encode_here(context, todo, progress)
     parts = [json.loads(context.part(job).read_text(encoding="utf-8")) for job in jobs]
     broken = [row for part in parts for row in part["quarantine"]]
     say_problems("while encoding", broken)
@@ -132,6 +134,15 @@ def _run(config: Any, out: Path, encoders: Encoders, workers: Workers, stop, onl
     encoded = sum(len(part["records"]) for part in parts)
     roots = tuple(context.root(size) for size in config.resolutions)
     return Summary(encoded, len(refused), out / "report.html", roots, progress.rate())
+
+
+def _encode_here(context: Context, jobs: Sequence[Job], progress: Progress) -> None:
+    config, workers = context.config, context.workers
+    tasks = (context.task(job, entry) for job in jobs for entry in job.entries)
+    read = workers.map(prepare.prepare, tasks, 2 * config.batch_size + 2 * workers.count)
+    with contextlib.closing(read):
+        for job in jobs:
+            encode_shard(context, job, read, progress)
 
 
 def _plan(config, folder: Path, out: Path, collection: Collection, encoders, workers, stop, keep) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from encode.workers import Workers
 log = logging.getLogger(__name__)
 # May change while a run goes on: they decide how fast it is, and which files fail, but not what a record holds.
 FREE = ("images", "out", "batch_size", "vae.path", "text.path", "vision.path")
-FREE += ("decode_workers", "decode_seconds", "decode_memory")
+FREE += ("decode_workers", "decode_seconds", "decode_memory", "engine", "ray.actors", "ray.gpus", "ray.cpus")
 HEADERS = 32  # headers that a worker reads at a time
 Sizes = dict[str, tuple[int, int]]
 
@@ -214,13 +214,17 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_difference(out: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    old, new = (_flat(side) for side in (stored, wanted))
-    differing = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-    if differing:
-        listed = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in differing[:5])
+    if listed := differences(stored, wanted):
         raise InputError(
             f"{out} was begun with another configuration: {listed}. Set it back, or choose a new config.out."
         )
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Where two fingerprints differ, the first five fields; empty if they are the same."""
+    old, new = (_flat(side) for side in (stored, wanted))
+    differing = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in differing[:5])
 
 
 def added(config: Any, folder: Path, out: Path, plan: Mapping, collection: Collection) -> list[Item]:

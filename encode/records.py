@@ -30,6 +30,7 @@ SHARD_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"  # no total in t
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32), "uint8": np.dtype(np.uint8)}
 INDEX_DTYPE = np.dtype([("pixel_hash", "S32"), ("text_length", "<i4"), ("text_flip_length", "<i4"), ("flags", "u1")])
 CAN_FLIP, HAS_MASK = 1, 2  # bits of the index column "flags"
+_writer = ""  # part of temporary files' names
 ARRAYS = ("latent", "latent_flip", "text", "text_flip", "vision", "vision_flip", "mask")
 STRINGS = ("id", "caption", "caption_flip", "pixel_hash")
 
@@ -161,7 +162,7 @@ def write_shard(root: Path, bucket: str, shard: int, records: Sequence[Mapping[s
             serialized.append(_serialize(record, spec))
         except Exception as error:
             raise ValueError(f"{record['id']}: cannot be stored in bucket {bucket}: {error}") from error
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = _temporary(target)
     try:
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
         try:
@@ -177,9 +178,9 @@ def write_shard(root: Path, bucket: str, shard: int, records: Sequence[Mapping[s
         raise OSError(errno.ENOSPC, "the shard does not read back as written; is the disk full?", str(temporary))
     publish(temporary, target)
     index = index_path(root, bucket, shard)
-    with open(index.with_name(f".{index.name}.tmp"), "wb") as file:
+    with open(_temporary(index), "wb") as file:
         np.save(file, index_rows(records), allow_pickle=False)
-    publish(index.with_name(f".{index.name}.tmp"), index)
+    publish(_temporary(index), index)
 
 
 def _serialize(record: Mapping[str, Any], spec) -> bytes:
@@ -209,6 +210,25 @@ def _holds(path: Path, serialized: Sequence[bytes]) -> bool:
             reader.close()
     except (RuntimeError, ValueError, IndexError):
         return False
+
+
+def name_writer(name: str) -> None:
+    """Where several machines write into one folder, each process has temporary files of its own name.
+
+    Two that write the same shard (one was given up for lost, and is not) then publish the same bytes, one after the other.
+    """
+    global _writer
+    _writer = f".{name}"
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}{_writer}.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files of processes that ended; only for who holds the folder's lock."""
+    for left in folder.rglob(".*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def publish(temporary: Path, target: Path) -> None:
@@ -243,7 +263,7 @@ def only_one(folder: Path) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     publish(temporary, path)
 

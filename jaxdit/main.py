@@ -17,6 +17,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Working folder: checkpoints, met
 
 
 def main(config) -> int:
+    commandline.refuse_url("config.data.path", config.data.path)
     import jax
 
     from jaxdit import checkpoint, report, train

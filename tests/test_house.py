@@ -51,6 +51,14 @@ def test_imports_go_down_and_stay_on_their_side(path):
                 assert floor[below] > floor[room], f"{room} imports {below}"
 
 
+def test_ray_is_optional():
+    for path in FILES:
+        for module, at_top in imports(path):
+            if module.split(".")[0] == "ray":
+                assert path.stem == "ray_engine", path
+            assert module != "encode.ray_engine" or not at_top, f"{path}: only inside a function"
+
+
 def test_every_file_of_jaxdit_stands_on_one_floor():
     rooms = [path.stem for path in (ROOT / "jaxdit").glob("*.py") if path.stem != "__init__"]
     assert sorted(rooms) == sorted(name for floor in FLOORS for name in floor)
