@@ -48,6 +48,8 @@ def run(main: Callable[..., int], *, config: str | None = None) -> None:
     except KeyboardInterrupt:
         fail("interrupted before everything was saved; the same command goes on from what was saved last.")
         os._exit(1)  # threads that are still writing would fill pages when the interpreter ends them
+    except BrokenPipeError:
+        os._exit(0)  # who reads the output has seen enough
     except OSError as error:
         if error.errno is None:
             raise
@@ -94,7 +96,8 @@ def _parse(default: str | None) -> Any:
         field = re.search(r"instead of \"(\w+)\"", words)
         nearest = re.search(r"Did you mean \"(\w+)\"", words)
         given = next((a for a in sys.argv[1:] if field and field.group(1) in a), " ".join(sys.argv[1:]))
-        advice = f"the nearest is {nearest.group(1)!r}" if nearest else f"{words.strip()}"
+        bare = words.strip("\"' ")
+        advice = f"the nearest is {nearest.group(1)!r}" if nearest else f"{bare} is not in it, nor anything like it"
         raise InputError(f"{given}: the configuration has no such field; {advice}.") from error
     except OSError as error:
         given = next(argument for argument in arguments if re.match(r"--?config(=|$)", argument))

@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
 
-from configs import encode_demo
 from encode import checkup, commandline, diagnosis, images, mend, pipeline, prepare, promise, records
 from encode import main as encode_main
 from encode.checkup import Found
@@ -157,10 +155,7 @@ class _Session:
     def _begin(self) -> pipeline.Context:
         data = self.data
         given = {"images": str(self.call.images)} if self.call.images else {}
-        config = encode_demo.get_config().to_dict()  # for fields that the data set is too old to have
-        for name, value in (data.config | given | {"out": str(data.out)}).items():
-            config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
-        config = ConfigDict(config)
+        config = encode_main.stored(data.config, **given, out=str(data.out))
         folder = Path(config.images).expanduser()
         if not folder.is_dir():
             raise InputError(f"the photographs' folder {folder} is not there; give --images=DIR if it has moved")

@@ -100,8 +100,13 @@ def _refused(rows: Sequence[Mapping[str, str]]) -> list[str]:
         8
     )
     lines = [f"  {count:>8,}  {kind}" for kind, count in kinds]
-    lines += [f"            {row['file']}: {row['reason']}" for row in rows[:NAMED]]
+    lines += [f"            {_printable(row['file'])}: {_printable(row['reason'])}" for row in rows[:NAMED]]
     return lines + ([f"            and {len(rows) - NAMED:,} more"] if len(rows) > NAMED else [])
+
+
+def _printable(words: str) -> str:
+    """A name may hold a line break or an escape sequence for the terminal."""
+    return "".join(sign if sign.isprintable() else f"\\x{ord(sign):02x}" for sign in words)
 
 
 def _buckets(context: pipeline.Context, jobs: Sequence[pipeline.Job]) -> list[str]:

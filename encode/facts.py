@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from encode import buckets, captions, source
+from encode.leg import kind_of
 
 DOTS = 2000  # at most so many different sizes are drawn; more are rounded to a grid first
 SPREAD = 4.5  # deviations on each side that a histogram of latents shows
@@ -199,18 +200,6 @@ def reasons(refused: Sequence[source.Problem]) -> list[tuple[str, str, list[sour
     """(stage, kind of reason, its rows), the most frequent first; what differs from file to file is not the kind."""
     groups: dict[tuple[str, str], list[source.Problem]] = defaultdict(list)
     for row in refused:
-        groups[row.stage, _kind(bare(row.reason))].append(row)
+        groups[row.stage, kind_of(row.reason)].append(row)
     order = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
     return [(*key, rows) for key, rows in order]
-
-
-def bare(reason: str) -> str:
-    """A reason without the name of the caption file that it begins with."""
-    return re.sub(r"^[^:]*\.(?:txt|json|jsonl|npy): ", "", reason)
-
-
-def _kind(reason: str) -> str:
-    if re.match(r"names .*, which is not among", reason, re.DOTALL):
-        return "names a file that is not among the pictures"
-    reason = re.split(r"[:(]| \d", reason, maxsplit=1)[0].strip(" ,")
-    return re.sub(r"^\d+ ", "", reason) or "other"

@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -34,9 +35,23 @@ def disk_full(out: Path) -> str:
 def say_problems(when: str, rows: Sequence[Mapping[str, str]]) -> None:
     """One line however many there are."""
     if rows:
-        kinds = Counter(row["reason"].split(":")[0].split("(")[0].strip() for row in rows).most_common(3)
-        listed = ", ".join(f"{count} {reason}" for reason, count in kinds)
+        kinds = Counter(kind_of(row["reason"]) for row in rows).most_common(3)
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds)
         log.warning("%d inputs refused %s and named in quarantine.jsonl: %s.", len(rows), when, listed)
+
+
+def kind_of(reason: str) -> str:
+    """A reason without what differs from file to file."""
+    reason = bare(reason)
+    if re.match(r"names .*, which is not among", reason, re.DOTALL):
+        return "names a file that is not among the pictures"
+    reason = re.split(r"[:(]| -?\d", reason, maxsplit=1)[0].strip(" ,")
+    return re.sub(r"^\d+ ", "", reason) or "other"
+
+
+def bare(reason: str) -> str:
+    """A reason without the name of the caption file that it begins with."""
+    return re.sub(r"^[^:]*\.(?:txt|json|jsonl|npy): ", "", reason)
 
 
 def say_need(out: Path, need: int) -> None:

@@ -13,10 +13,13 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
+from configs import encode_demo
 from encode import commandline
 from encode.records import InputError
 
@@ -60,6 +63,14 @@ def load(config: Any) -> Any:
         raise InputError(f"an encoder cannot be loaded: {error}") from error
 
 
+def stored(config: Mapping[str, Any], **changes: Any) -> ConfigDict:
+    """The configuration that dataset.json keeps, with changes; fields that it is too old to have are the demo's."""
+    found = encode_demo.get_config().to_dict()
+    for name, value in {**config, **changes}.items():
+        found[name] = found.get(name, {}) | value if isinstance(value, Mapping) else value
+    return ConfigDict(found)
+
+
 def check(config: Any) -> None:
     """Refuse values that cannot work, by the name of their field.
 
@@ -68,6 +79,10 @@ def check(config: Any) -> None:
     """
     from encode.buckets import cells_across, forced
 
+    if "images" not in config or "vae" not in config:
+        raise InputError(
+            "--config names no configuration of encode; take configs/encode_demo.py or configs/encode_flux.py."
+        )
     for name in ("images", "out"):
         if not config[name]:
             raise InputError(f"config.{name} is empty; give the folder with --config.{name}=DIR.")
@@ -123,8 +138,9 @@ def _stop_on_signal(asked: threading.Event) -> None:
             raise KeyboardInterrupt
         asked.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, handle)
 
 
 if __name__ == "__main__":

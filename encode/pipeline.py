@@ -64,6 +64,8 @@ def run(
         raise InputError(
             f"config.out={out} holds the photographs themselves; choose a folder of its own for the output."
         )
+    if out.exists() and not out.is_dir():
+        raise InputError(f"config.out={out} is a file; name a folder, which is made if it is not there.")
     try:
         with (
             records.only_one(out),
@@ -123,8 +125,10 @@ def _run(config: Any, out: Path, encoders: Encoders, workers: Workers, stop, onl
         ray_engine.encode(context, plan, todo, progress)
     else:
         _encode_here(context, todo, progress)
-    parts = [json.loads(context.part(job).read_text(encoding="utf-8")) for job in jobs]
-    broken = [row for part in parts for row in part["quarantine"]]
+    parts = [read_part(context.part(job)) for job in jobs]
+    known = {row[0] for part in parts for row in part["records"]}
+    broken = {row["file"]: row for part in parts for row in part["quarantine"] if row["file"] not in known}
+    broken = [*broken.values()]  # of a picture that was tried again, the last word
     say_problems("while encoding", broken)
     refused = [Problem(**row) for row in plan["quarantine"] + broken]
     refused.sort(key=lambda row: (row.file, row.stage, row.reason))
@@ -150,14 +154,20 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
     wanted = json.loads(json.dumps(plan_rules.fingerprint(config, encoders)))
     path = out / "plan.json"
     if path.exists():
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        advice = "remove it and run again: the same photographs give the same plan"
+        plan = records.read_json(path, advice)
         if plan.get("schema") != records.SCHEMA:
             raise InputError(
                 f"{path}: schema version {plan.get('schema')} found, this program writes version {records.SCHEMA}; "
                 "encode into a new folder."
             )
         plan_rules.refuse_difference(out, plan["fingerprint"], wanted)
-        new = plan_rules.added(config, folder, out, plan, collection)
+        parts = []
+        for part in sorted((out / "parts").glob("[!.]*.json")):
+            with contextlib.suppress(InputError):  # a damaged one is named when its turn comes
+                parts.append(read_part(part))
+        again = plan_rules.retried(config, plan, parts)
+        new = plan_rules.added(config, folder, out, plan, collection, again)
         if not new:
             return plan
         plan |= plan_rules.grow(config, plan, new, workers, stop)
@@ -169,6 +179,11 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
         (out / "parts").mkdir(exist_ok=True)
         records.write_json(path, plan)
     return plan
+
+
+def read_part(path: Path) -> dict[str, Any]:
+    """What a finished shard left for the end."""
+    return records.read_json(path, "remove it and run again: its shard is then encoded again")
 
 
 def bytes_to_write(context: Context, jobs: Sequence[Job]) -> int:

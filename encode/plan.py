@@ -7,6 +7,7 @@ other encoders or other photographs are refused by name instead of being mixed i
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from encode.workers import Workers
 log = logging.getLogger(__name__)
 # May change while a run goes on: they decide how fast it is, and which files fail, but not what a record holds.
 FREE = ("images", "out", "batch_size", "vae.path", "text.path", "vision.path")
-FREE += ("decode_workers", "decode_seconds", "decode_memory", "engine", "ray.actors", "ray.gpus", "ray.cpus")
+FREE += ("decode_workers", "decode_seconds", "decode_memory", "device", "engine", "ray.actors", "ray.gpus", "ray.cpus")
 HEADERS = 32  # headers that a worker reads at a time
 Sizes = dict[str, tuple[int, int]]
 
@@ -35,10 +36,7 @@ def make_plan(config: Any, collection: Collection, workers: Workers, stop: Calla
     """Sizes -> buckets -> shards; the same for the same photographs and configuration."""
     cells = buckets.cells_across(config.resolutions)
     sizes, width, unfit = _measure(config, collection.items, None, workers, stop)
-    if config.buckets:
-        shapes = buckets.forced(config.buckets, cells, max(config.resolutions))
-    else:
-        shapes = buckets.choose([columns / rows for columns, rows in sizes.values()], config.max_buckets, cells)
+    shapes = _shapes(config, cells, sizes)
     members, more = _assign(config, cells, shapes, sizes)
     shards = _shards(members, {}, config.shard_size)
     if not shards:
@@ -66,22 +64,57 @@ def grow(config: Any, plan: Mapping, new: Sequence[Item], workers: Workers, stop
     begun = Counter(tuple(shard["bucket"]) for shard in plan["shards"])
     shards = _shards(members, begun, config.shard_size)
     log.info("%d pictures are new: %d shards are added to the %d that there are.", len(new), len(shards), begun.total())
-    old = {name: plan[name] for name in ("inputs", "unflipped")}
-    inputs = _inputs(config, new)
+    inputs, names = _inputs(config, new), {item.id for item in new}
     return {
         "shards": plan["shards"] + shards,
-        "unfit": plan["unfit"] + [asdict(row) for row in unfit + more],
-        "inputs": old["inputs"] | inputs["inputs"],
-        "unflipped": sorted({*old["unflipped"], *inputs["unflipped"]}),
+        "unfit": [row for row in plan["unfit"] if row["file"] not in names] + [asdict(row) for row in unfit + more],
+        "inputs": plan["inputs"] | inputs["inputs"],
+        "bytes": plan["bytes"] | inputs["bytes"],
+        "unflipped": sorted({*plan["unflipped"], *inputs["unflipped"]}),
     }
+
+
+def retried(config: Any, plan: Mapping, parts: Sequence[Mapping]) -> set[str]:
+    """Ids of pictures that were refused under a lower config.decode_seconds or decode_memory than today's."""
+    limits: dict[tuple[str, str], float] = {}
+    for row in [*plan["unfit"], *(row for part in parts for row in part["quarantine"])]:
+        if found := re.search(r"config\.(decode_seconds|decode_memory)=([\d.]+)", row["reason"]):
+            key = row["file"], found[1]
+            limits[key] = max(float(found[2]), limits.get(key, 0.0))
+    encoded = {row[0] for part in parts for row in part["records"]}
+    return {name for (name, field), limit in limits.items() if limit < config[field]} - encoded
+
+
+def _shapes(config: Any, cells: int, sizes: Sizes) -> list[buckets.Shape]:
+    """Named, or chosen for the pictures that are stretched: a panorama that is refused or padded costs no bucket."""
+    if config.buckets:
+        return buckets.forced(config.buckets, cells, max(config.resolutions))
+    every = [width / height for width, height in sizes.values()]
+    kept, shapes = every, []
+    for _ in range(5):
+        chosen = buckets.choose(kept, config.max_buckets, cells)
+        if chosen == shapes:
+            break
+        shapes = chosen
+        kept = [aspect for aspect in every if buckets.assign(aspect, shapes)[1] <= config.max_distortion] or every
+    return shapes
 
 
 def _inputs(config: Any, items: Sequence[Item]) -> dict:
-    """What a plan keeps of its pictures, refused ones included: {id: caption}, and ids that must not be mirrored."""
+    """What a plan keeps of its pictures, refused ones included: captions and lengths of the files by id, and the ids that
+    must not be mirrored."""
     return {
         "inputs": {item.id: item.caption(config.seed) for item in items},
+        "bytes": {item.id: _bytes(item.path) for item in items},
         "unflipped": sorted(item.id for item in items if not item.flip),
     }
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _measure(
@@ -227,31 +260,31 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in differing[:5])
 
 
-def added(config: Any, folder: Path, out: Path, plan: Mapping, collection: Collection) -> list[Item]:
-    """Pictures that the plan does not know yet; those that left the folder are named, their records stay.
+def added(config: Any, folder: Path, out: Path, plan: Mapping, collection: Collection, again: set[str]) -> list[Item]:
+    """Pictures that the plan does not know yet, and those that are to be tried again.
+
+    What left the folder, or is another file than the one that was planned, is named; its record stays.
 
     Raises:
       InputError: a picture has another caption than the one it is planned with.
     """
     stored, unflipped = plan["inputs"], set(plan["unflipped"])
     known = [item for item in collection.items if item.id in stored]
-    changed = [
-        item.id
-        for item in known
-        if (item.caption(config.seed), item.flip) != (stored[item.id], item.id not in unflipped)
-    ]
+    now = {item.id: (item.caption(config.seed), item.flip) for item in known}
+    changed = [name for name, value in now.items() if value != (stored[name], name not in unflipped)]
     if changed:
         raise InputError(
             f"{folder}: {len(changed)} pictures have another caption, or flip, than {out} was begun with (the first: "
             f"{changed[0]}). Put it back to go on, or encode all of it into a new config.out; nothing was changed."
         )
     planned = {entry[0] for shard in plan["shards"] for entry in shard["items"]}
-    gone = sorted(planned - {item.id for item in known})
-    if gone:
-        log.warning(
-            "%d pictures of %s are no longer in the folder with a caption (the first: %s); what is encoded of them stays.",
-            len(gone),
-            out,
-            gone[0],
-        )
-    return [item for item in collection.items if item.id not in stored]
+    others = [item.id for item in known if item.id in planned and plan["bytes"][item.id] != _bytes(item.path)]
+    notes = {
+        "are no longer in the folder with a caption": sorted(planned - {item.id for item in known}),
+        "are other files than those that were planned": others,
+    }
+    for what, names in notes.items():
+        if names:
+            words = "%d pictures of %s %s (the first: %s); what is encoded of them stays as it is."
+            log.warning(words, len(names), out, what, names[0])
+    return [item for item in collection.items if item.id not in stored or item.id in again]

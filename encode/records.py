@@ -268,6 +268,21 @@ def write_json(path: Path, value: Any) -> None:
     publish(temporary, path)
 
 
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """A JSON file of our own.
+
+    Raises:
+      InputError: it is damaged; the message ends with the advice.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); {advice}.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged (no JSON object); {advice}.")
+    return value
+
+
 def finish_bucket(root: Path, bucket: str, spec) -> None:
     """Write features.json and dataset_info.json, so that TFDS reads the bucket's shards."""
     folder = bucket_folder(root, bucket)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from encode import buckets, captions, charts, facts, readback
-from encode.leg import span
+from encode.leg import bare, span
 from encode.page import (
     LISTED,
     changes,
@@ -167,7 +167,7 @@ def _refused(context: Any, refused: Sequence) -> str:
     ]
     parts, left = [f'<div class="bars">{table(("stage", "reason", "", "inputs"), bars, numbers=[3])}</div>'], REFUSED
     for stage, kind, rows in groups:
-        details = {facts.bare(row.reason) for row in rows}
+        details = {bare(row.reason) for row in rows}
         common = details.pop() if len(details) == 1 else ""
         tag = f" <small>{text(stage)}</small>" if stage != kind else ""
         parts.append(f'<h3 class="reason">{text(kind)}{tag}</h3>')
@@ -187,7 +187,7 @@ def _refused(context: Any, refused: Sequence) -> str:
 
 
 def _problem(row: Any, detailed: bool) -> str:
-    return own(row.file) + (f'<br><span class="soft">{own(facts.bare(row.reason))}</span>' if detailed else "")
+    return own(row.file) + (f'<br><span class="soft">{own(bare(row.reason))}</span>' if detailed else "")
 
 
 def _bucket(context: Any, shape: tuple[int, int], resolution: int) -> str:

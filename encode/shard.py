@@ -40,6 +40,12 @@ class Encoders:
     text: Any
     vision: Any | None
 
+    def prove(self) -> None:
+        """Each model on a GPU once more against the CPU: after a batch that it may have got wrong, before it is stored."""
+        for model in (self.vae, self.text, self.vision):
+            if hasattr(model, "prove"):  # the demo encoders have no device
+                model.prove()
+
 
 @dataclass(frozen=True)
 class Job:
@@ -141,6 +147,11 @@ def encode_shard(context: Context, job: Job, read: Iterator, progress: Progress)
             encode_batch(context, job, (place - 1) // config.batch_size, batch, rows, sums, part)
             batch = []
             progress.step((place - 1) % config.batch_size + 1, speed.waited, len(part["quarantine"]))
+    with _blaming(
+        "proof of the device",
+        f"bucket {context.bucket(job.shape, max(config.resolutions))}, shard {job.number}, before it is written",
+    ):
+        context.encoders.prove()
     part["stats"] = {size: stats.merge(sums[size]).to_json() for size in config.resolutions if sums[size]}
     records.write_json(context.part(job), part)
     for size in missing:

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 from encode import buckets, commandline, contact_sheet, images, pipeline, records, selection, stats, survey
 from encode import main as encode_main
@@ -32,7 +31,6 @@ from encode.workers import Workers
 
 log = logging.getLogger(__name__)
 SHEET = 400  # images on the contact sheet at most
-LIMITS = {"decode_workers": 0, "decode_seconds": 60.0, "decode_memory": 4096}  # of data sets without them
 ANY = 1e6  # config.max_distortion and config.max_upscale of images that must all fit one bucket
 
 
@@ -132,7 +130,7 @@ def encode_again(call: Call, dataset, folder: Path, chosen: Sequence[survey.Imag
         "max_upscale": ANY,
         "pad": False,
     }
-    config = ConfigDict(LIMITS | dataset["config"] | forced)
+    config = encode_main.stored(dataset["config"], **forced)
     encode_main.check(config)
     root = call.out / str(call.size)
     summary = pipeline.run(config, encode_main.load(config), stop, only=frozenset(image.id for image in chosen))
@@ -213,7 +211,7 @@ def _originals(
     if not folder.is_dir():
         return [images.ImageProblem(f"the folder {folder} is not there")] * len(chosen)
     work = [(folder / image.id, config["max_pixels"]) for image in chosen]
-    limits, result = LIMITS | dict(config), []
+    limits, result = encode_main.stored(config), []
     with Workers(limits["decode_workers"], limits["decode_seconds"], limits["decode_memory"]) as workers:
         for image, (_, found) in zip(chosen, workers.map(contact_sheet.look, work, 2 * workers.count)):
             if stop():

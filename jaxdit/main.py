@@ -12,11 +12,16 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
 from absl import flags
 
 from encode import commandline
+from encode.records import InputError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Working folder: checkpoints, metrics, report.", required=True)
 
 
 def main(config) -> int:
+    if "model" not in config or "data" not in config:
+        raise InputError(
+            "--config names no configuration of a training run; take configs/nano.py or configs/full.py:256."
+        )
     commandline.refuse_url("config.data.path", config.data.path)
     import jax
 

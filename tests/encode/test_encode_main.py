@@ -89,6 +89,16 @@ def test_a_wrong_call_is_one_sentence_and_exit_code_2(photographs, tmp_path, fla
     assert not (tmp_path / "out" / "128").exists()
 
 
+@pytest.mark.parametrize("program", ["encode.main", "jaxdit.main"])
+def test_a_configuration_of_the_other_program_is_said_to_be_one(tmp_path, program):
+    other = {"encode.main": "configs/nano.py", "jaxdit.main": "configs/encode_demo.py"}[program]
+    command = [sys.executable, "-m", program, f"--config={other}"]
+    command += [f"--workdir={tmp_path}"] if program == "jaxdit.main" else []
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--config names no configuration of" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
 def test_missing_folders_are_named():
     config = fakes.config("", "x")
     with pytest.raises(InputError, match=r"config\.images is empty"):
@@ -127,7 +137,7 @@ def test_sigkill_at_random_points_gives_the_same_bytes(photographs, tmp_path):
     assert fakes.tree(tmp_path / "out") == fakes.tree(tmp_path / "calm")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_with_3_and_the_next_call_goes_on(photographs, tmp_path, number):
     small = ("--config.shard_size=1", "--config.resolutions=(128,256)", "--config.max_upscale=9.0")
     process = subprocess.Popen(

@@ -195,3 +195,48 @@ def test_a_clock_that_jumps_refuses_no_picture(tmp_path, monkeypatch):
     real, jumps = process.time.time, iter([0.0] * 4 + [7200.0] * 10_000)
     monkeypatch.setattr(process.time, "time", lambda: real() + next(jumps, 7200.0))
     assert _run(images, tmp_path / "out").refused == 0
+
+
+def test_pictures_refused_for_a_limit_are_tried_again_when_it_is_raised(tmp_path):
+    images, out = fakes.photographs(tmp_path / "in", 5), tmp_path / "out"
+    for name in ("big", "bigger"):
+        Image.new("RGB", (7_000, 6_000), "red").save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text(name)
+    changes = {"resolutions": (128,), "shard_size": 4}
+    assert (_run(images, out, decode_memory=100, **changes).refused) == 2
+    before = _times(out)
+    assert _run(images, out, decode_memory=101, **changes).refused == 2  # tried again, in vain
+    summary = _run(images, out, decode_memory=4096, **changes)
+    assert (summary.encoded, summary.refused) == (7, 0)
+    assert before.items() <= _times(out).items()
+    assert {"big.png", "bigger.png"} <= set(_records(out, 128)) and len(_records(out, 128)) == 7
+    assert (out / "quarantine.jsonl").read_text() == ""
+    encoders = fakes.encoders()
+    assert _run(images, out, encoders, decode_memory=200, **changes).encoded == 7
+    assert encoders.vae.calls == 0
+
+
+def test_a_photograph_replaced_by_another_is_named(tmp_path, caplog):
+    images, out = fakes.photographs(tmp_path / "in", 4), tmp_path / "out"
+    _run(images, out)
+    assert "other files" not in caplog.text
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(images / "002.png")
+    _run(images, out)
+    assert (
+        "1 pictures of" in caplog.text
+        and "other files than those that were planned (the first: 002.png)" in caplog.text
+    )
+
+
+@pytest.mark.parametrize("name", ["plan.json", "parts/"])
+def test_a_damaged_file_of_ours_is_named_with_what_to_do(tmp_path, name):
+    images, out = fakes.photographs(tmp_path / "in", 4), tmp_path / "out"
+    _run(images, out)
+    before = fakes.tree(out)
+    path = out / name if name.endswith("json") else sorted((out / "parts").iterdir())[0]
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(records.InputError, match=rf"{path} is damaged .*; remove it and run again"):
+        _run(images, out)
+    path.unlink()
+    _run(images, out)
+    assert fakes.tree(out) == before

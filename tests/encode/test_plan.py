@@ -44,7 +44,14 @@ def test_named_buckets_are_the_only_ones(tmp_path):
 
 @pytest.mark.parametrize(
     ("sizes", "words"),
-    [([(100, 128)], "multiples of 64"), ([(1024,)], "pair"), ([(64, 64)], "area"), (["ab"], "pair"), ([7], "pair")],
+    [
+        ([(100, 128)], "multiples of 64"),
+        ([(1024,)], "pair"),
+        ([(64, 64)], "area"),
+        ([(1024, 1024), (768, 768)], "has the shape of 1024x1024"),
+        (["ab"], "pair"),
+        ([7], "pair"),
+    ],
 )
 def test_named_buckets_off_the_grid_are_refused(sizes, words):
     with pytest.raises(ValueError, match=words):
@@ -78,6 +85,19 @@ def test_a_picture_of_another_shape_is_padded_where_that_is_wanted(tmp_path):
         values = np.concatenate([latent[mask == 1].astype(np.float64) for latent, mask in zip(latents, masks)])
         np.testing.assert_allclose(dataset["latent_mean"], values.mean(0), rtol=1e-9)
         assert dataset["latent_count"] == len(values)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_panoramas_that_are_not_stretched_cost_the_others_no_bucket(tmp_path, pad):
+    usual = {f"a{number}": (300 + 40 * number, 300) for number in range(9)}
+    alone, out = _save(tmp_path / "alone", **usual), tmp_path / "out"
+    changes = {"max_distortion": 1.25, "max_buckets": 4, "pad": pad, "resolutions": (256,)}
+    _run(alone, tmp_path / "expected", **changes)
+    images = _save(tmp_path / "in", **usual, **{f"long{number}": (1200, 60 + number) for number in range(12)})
+    _run(images, out, **changes)
+    wanted, found = (records.load_dataset(folder / "256")["buckets"] for folder in (tmp_path / "expected", out))
+    assert set(found) == set(wanted) and len(found) == 4
+    assert len(_refused(out)) == (0 if pad else 12)
 
 
 def test_without_padding_it_is_refused_by_name(tmp_path):
