@@ -80,7 +80,7 @@ class Progress:
     def __init__(self, what: str, total: int, todo: int, out: Path | None = None):
         self.what, self.total, self.todo, self.out = what, total, todo, out
         self.done, self.refused, self.waited = 0, 0, 0.0
-        self._shards_waited, self._shard_waited = 0.0, 0.0
+        self._shard = 0.0, 0  # waited and refused in the shard at hand
         self.started = self.said = time.monotonic()
 
     def step(self, count: int, waited: float = 0.0, refused: int = 0) -> None:
@@ -88,23 +88,27 @@ class Progress:
 
         Args:
           count: its pictures.
-          waited: seconds that the encoders waited in this shard so far.
-          refused: pictures refused in this shard so far.
+          waited: seconds that the encoders waited since `next_shard`.
+          refused: pictures refused since then.
         """
         self.done += count
-        if waited < self._shard_waited:  # a new shard
-            self._shards_waited += self._shard_waited
-        self._shard_waited = waited
+        self._shard = waited, refused
         now = time.monotonic()
         if now - self.said >= SAY_EVERY or self.done == self.todo:
             self.said = now
             at, left = self.total - self.todo + self.done, (self.todo - self.done) / max(self.rate(), 1e-9)
-            share = (self._shards_waited + waited) / max(now - self.started, 1e-9)
-            words = f"; the encoders waited {share:.1%} of the time for pictures" if self.out else ""
+            share = (self.waited + waited) / max(now - self.started, 1e-9)
+            words = (
+                f"; waited {share:.1%} of the time for pictures; {self.refused + refused} refused" if self.out else ""
+            )
             log.info(
                 "%d of %d %s, %.1f a second, %s left%s.", at, self.total, self.what, self.rate(), span(left), words
             )
             self._write(self.what, at, left, share, self.refused + refused)
+
+    def next_shard(self) -> None:
+        waited, refused = self._shard
+        self.waited, self.refused, self._shard = self.waited + waited, self.refused + refused, (0.0, 0)
 
     def end(self, refused: int) -> None:
         self._write("done", self.total, 0.0, None, refused)

@@ -147,6 +147,7 @@ def _encode_here(context: Context, jobs: Sequence[Job], progress: Progress) -> N
     with contextlib.closing(read):
         for job in jobs:
             encode_shard(context, job, read, progress)
+            progress.next_shard()
 
 
 def _plan(config, folder: Path, out: Path, collection: Collection, encoders, workers, stop, keep) -> dict[str, Any]:

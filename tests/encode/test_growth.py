@@ -163,6 +163,24 @@ def test_progress_is_there_for_scripts(tmp_path):
     assert found["refused"] == 1 and found["pictures_per_second"] > 0 and found["seconds_left"] == 0
 
 
+def test_waiting_and_refusals_add_up_over_the_shards(tmp_path, monkeypatch, caplog):
+    from encode import leg
+
+    caplog.set_level("INFO")
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(leg.time, "monotonic", lambda: next(clock))
+    progress = leg.Progress("pictures encoded", 8, 8, tmp_path)
+    progress.refused = 1
+    for waited, refused in ((1.0, 0), (3.0, 1)):
+        progress.step(2, waited, refused)
+    progress.next_shard()
+    progress.step(4, 2.0, 1)
+    found = json.loads((tmp_path / "progress.json").read_text())
+    assert found["refused"] == 3
+    assert found["waited_fraction"] == pytest.approx(5.0 / (progress.said - progress.started), abs=1e-3)
+    assert "3 refused" in caplog.messages[-1] and "8 of 8 pictures encoded" in caplog.messages[-1]
+
+
 def test_the_disk_that_is_needed_is_said_before_and_is_about_what_is_written(tmp_path, caplog):
     caplog.set_level("INFO")
     images, out = tmp_path / "in", tmp_path / "out"
