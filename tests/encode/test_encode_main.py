@@ -141,7 +141,11 @@ def test_sigkill_at_random_points_gives_the_same_bytes(photographs, tmp_path):
 def test_a_signal_stops_with_3_and_the_next_call_goes_on(photographs, tmp_path, number):
     small = ("--config.shard_size=1", "--config.resolutions=(128,256)", "--config.max_upscale=9.0")
     process = subprocess.Popen(
-        _command(photographs, tmp_path / "out", *small), cwd=ROOT, stderr=subprocess.PIPE, text=True
+        _command(photographs, tmp_path / "out", *small),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # the tests themselves may run under nohup
     )
     while process.poll() is None and not list((tmp_path / "out").rglob("index-*.npy")):
         time.sleep(0.002)
