@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from encode import swap_words as W
-from encode.lettering import unmirrored
+from encode.lettering import obstacle
 from encode.swap_words import OCCURRENCE, SIDE, split
 
 RULES = 3  # version of the rules below, part of the data set's fingerprint
@@ -29,7 +29,7 @@ class Sense(Enum):
 
 def swap(caption: str) -> str | None:
     """The caption of the mirrored picture; the caption itself where it names no side; None: must not be flipped."""
-    if unmirrored(caption):
+    if obstacle(caption) is not None:
         return None
     if not SIDE.search(caption.lower()):
         return caption
@@ -46,6 +46,15 @@ def swap(caption: str) -> str | None:
         for index, word in enumerate(words)
     )
     return swapped if _senses(split(swapped)) == senses else None
+
+
+def doubt(caption: str) -> str:
+    """Why a caption for which `swap` gives None must not be flipped: the words that are in the way."""
+    found = obstacle(caption)
+    if found is not None:
+        return found
+    doubtful = [word for word, sense in senses(caption) if sense is Sense.DOUBT]
+    return doubtful[0] if doubtful else "the swapped caption would be read otherwise"
 
 
 def senses(caption: str) -> list[tuple[str, Sense]]:

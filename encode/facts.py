@@ -23,7 +23,7 @@ DOTS = 2000  # at most so many different sizes are drawn; more are rounded to a 
 SPREAD = 4.5  # deviations on each side that a histogram of latents shows
 BINS = 54
 
-SWAPPED, KEPT, DOUBT = "sides swapped", "left or right in another sense: kept", "in doubt: never flipped"
+SWAPPED, KEPT, DOUBT = "sides swapped", "left or right in another sense: kept", "in doubt, or lettering: never flipped"
 OFF, PLAIN = "switched off by you", "no left or right"
 
 

@@ -1,4 +1,4 @@
-"""The end of an encode run: quarantine.jsonl, the buckets' metadata, the page, and dataset.json, whose presence means done."""
+"""The end of a run: quarantine.jsonl, unflipped.jsonl, the buckets' metadata, the page, and last dataset.json: it means done."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from encode import buckets, records, report, stats
+from encode import buckets, captions, records, report, stats
 from encode.records import InputError
 from encode.source import Problem
 
@@ -20,15 +21,15 @@ log = logging.getLogger(__name__)
 def finish(context: Any, plan, jobs: Sequence[Any], parts: Sequence[Mapping], refused: Sequence[Problem]) -> None:
     """quarantine.jsonl, the buckets' TFDS metadata, the report, and dataset.json of each resolution, last."""
     config, out = context.config, context.out
-    temporary = out / ".quarantine.jsonl.tmp"
-    temporary.write_text(_lines(refused), encoding="utf-8")
-    records.publish(temporary, out / "quarantine.jsonl")
+    _write_lines(out / "quarantine.jsonl", _lines(refused))
     if not any(part["records"] for part in parts):
         raise InputError(f"{config.images}: every input was refused; {out / 'quarantine.jsonl'} says why.")
     datasets = {size: _dataset(context, plan, jobs, parts, size) for size in config.resolutions}
     for size in config.resolutions:
         for shape in sorted({job.shape for job in jobs}):
             records.finish_bucket(context.root(size), context.bucket(shape, size), context.spec(shape, size))
+    names = [row[0] for part in parts for row in part["records"]]
+    _write_lines(out / "unflipped.jsonl", _unflipped(context, plan, names))
     page = report.build(context, plan, jobs, parts, refused, datasets)
     (out / ".report.html.tmp").write_text(page, encoding="utf-8")
     records.publish(out / ".report.html.tmp", out / "report.html")
@@ -55,6 +56,27 @@ def is_finished(context: Any, jobs: Sequence[Any], refused: Sequence[Problem]) -
 
 def _lines(refused: Sequence[Problem]) -> str:
     return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in refused)
+
+
+def _write_lines(path: Path, lines: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(lines, encoding="utf-8")
+    records.publish(temporary, path)
+
+
+def _unflipped(context: Any, plan: Mapping[str, Any], names: Sequence[str]) -> str:
+    """A line for every encoded picture that is never mirrored in training: its caption, and why."""
+    switched_off, lines = set(plan["unflipped"]), []
+    for name in sorted(names):
+        caption = plan["inputs"][name]
+        if name in switched_off or not context.config.flip:
+            reason = "switched off"
+        elif captions.swap(caption) is None:
+            reason = captions.doubt(caption)
+        else:
+            continue
+        lines.append(json.dumps({"file": name, "caption": caption, "reason": reason}, ensure_ascii=False) + "\n")
+    return "".join(lines)
 
 
 def _dataset(context: Any, plan, jobs, parts, resolution: int) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class Progress:
         self.done, self.refused, self.waited = 0, 0, 0.0
         self._shard = 0.0, 0  # waited and refused in the shard at hand
         self.started = self.said = time.monotonic()
+        self.ended: float | None = None
 
     def step(self, count: int, waited: float = 0.0, refused: int = 0) -> None:
         """A batch is done.
@@ -94,6 +95,8 @@ class Progress:
         self.done += count
         self._shard = waited, refused
         now = time.monotonic()
+        if self.done == self.todo:
+            self.ended = now
         if now - self.said >= SAY_EVERY or self.done == self.todo:
             self.said = now
             at, left = self.total - self.todo + self.done, (self.todo - self.done) / max(self.rate(), 1e-9)
@@ -114,7 +117,8 @@ class Progress:
         self._write("done", self.total, 0.0, None, refused)
 
     def rate(self) -> float:
-        return self.done / max(time.monotonic() - self.started, 1e-9) if self.done else 0.0
+        """Pictures a second, from the start to the last picture."""
+        return self.done / max((self.ended or time.monotonic()) - self.started, 1e-9) if self.done else 0.0
 
     def _write(self, stage: str, done: int, left: float, share: float | None, refused: int) -> None:
         if self.out is None:

@@ -14,6 +14,7 @@ from encode import swap_words as W
 from encode.swap_words import OCCURRENCE, SIDE, split
 
 _QUOTES = re.compile(r"(?<!\d)\"|[“”„«»]|(?<!\w)['‘](?=\w)[^'’\n]{2,60}['’](?!\w)")
+_QUOTED = re.compile(r"[\"“”„«][^\"“”„»\n]{1,60}[\"“”»]")
 _INITIALS = re.compile(r"[(\[][LR]\.?[)\]]|\b[LR]\.? ?(?:to|and|->|=>|[-–—/&→⟶➔]) ?[LR]\b|^\s*[LR]\s*:", re.IGNORECASE)
 # Words that hold a left or right and name none; any other such word ("topleft", "rightside", a typing error) is in doubt.
 _HARMLESS = re.compile(
@@ -32,36 +33,36 @@ _OTHER_SCRIPTS = re.compile(
     r"左|右|왼|오른|лев|прав|αριστερ|δεξι|يسار|يمين|שמאל|ימין|बाए|बाईं|दाए|दाईं|ซ้าย|ขวา", re.IGNORECASE
 )
 _CLOSED = W.TURNING | W.FOREIGN | W.TYPOS | W.LETTERING
-_QUOTING = frozenset("\"'‘“”„«»")
 
 
-def unmirrored(caption: str) -> bool:
-    """Lettering, times, maps; sides that are named in other ways than by left and right."""
+def obstacle(caption: str) -> str | None:
+    """What of a caption forbids the mirror image: lettering, times, maps, sides in other words; None if nothing does."""
     if not caption.isascii():
         caption = unicodedata.normalize("NFC", caption)
         plain = "".join(sign for sign in unicodedata.normalize("NFKC", caption) if unicodedata.category(sign) != "Cf")
-        hidden = len(SIDE.findall(plain.lower())) != len(SIDE.findall(caption.lower()))  # wide letters, invisible signs
-        if hidden or _OTHER_SCRIPTS.search(caption):
-            return True
-    if _ELSEWHERE.search(caption) or _PAINTED.search(caption):
-        return True
+        if len(SIDE.findall(plain.lower())) != len(SIDE.findall(caption.lower())):
+            return "a left or right in wide letters or with invisible signs"
+    for pattern in (_OTHER_SCRIPTS, _ELSEWHERE, _PAINTED, _QUOTES):
+        if found := pattern.search(caption):
+            whole = _QUOTED.match(caption, found.start()) if pattern is _QUOTES else None
+            return (whole or found).group()
     solid = [word for word in split(caption) if not word.isspace()]
     lower = [word.lower().replace("’", "'") for word in solid]
     known = set(lower)
-    if not known.isdisjoint(_CLOSED) or ("links" in known and known & W.GERMANIC):
-        return True
-    if not _QUOTING.isdisjoint(caption) and _QUOTES.search(caption):
-        return True
-    if ("l" in known or "r" in known) and _INITIALS.search(caption):
-        return True
+    closed = known & _CLOSED | ({"links"} if known & W.GERMANIC else set()) & known
     if known & W.CLOCKS and (known & W.TELLING or re.search(r"\d:\d\d", caption)):
-        return True
-    holding = [word.removesuffix("'s") for word in known if SIDE.search(word)]
-    if any(not OCCURRENCE.fullmatch(word) and not _HARMLESS.fullmatch(word) for word in holding):
-        return True
-    return not known.isdisjoint(_SHOWN) and any(
-        _shown(solid, lower, place) for place, word in enumerate(lower) if word in _SHOWN
-    )
+        closed |= known & W.CLOCKS
+    holding = {word for word in known if SIDE.search(word)}
+    closed |= {
+        word for word in holding if not (OCCURRENCE.fullmatch(word) or _HARMLESS.fullmatch(word.removesuffix("'s")))
+    }
+    if closed:
+        return min(closed)
+    if ("l" in known or "r" in known) and (found := _INITIALS.search(caption)):
+        return found.group()
+    shown = (place for place, word in enumerate(lower) if word in _SHOWN and _shown(solid, lower, place))
+    place = next(shown, None)
+    return None if place is None else " ".join(solid[place : place + 2])
 
 
 _SHOWN = W.SAYING | {"number", "numbers", "letter", "port", "music"}

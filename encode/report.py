@@ -297,6 +297,7 @@ def _swaps(kinds: Mapping[str, Sequence[str]], texts: Mapping[str, str], seed: i
         lines = [_example(value, kind) for value in facts.drawn(unique, seed, 6, "swap")]
         if lines:
             rest = more(len(unique) - len(lines), what=" such captions")
+            rest += "<p class=soft>All of them stand in unflipped.jsonl.</p>" if kind == facts.DOUBT else ""
             parts.append(f'<h3>{text(kind)}</h3><div class="examples">{items(lines)}</div>{rest}')
     return "".join(parts)
 
@@ -306,6 +307,10 @@ def _example(caption: str, kind: str) -> str:
         old, new = changes(caption, captions.swap(caption))
         return f"<bdi>{old}</bdi><br><bdi>{new}</bdi>"
     parts, place = [], 0
+    why = re.search(re.escape(captions.doubt(caption)), caption, re.IGNORECASE) if kind == facts.DOUBT else None
+    if why and why.group() not in [word for word, _ in captions.senses(caption)]:
+        before, after = caption[: why.start()], caption[why.end() :]
+        return f'<bdi>{text(before)}<mark class="doubt">{text(why.group())}</mark>{text(after)}</bdi>'
     for word, sense in captions.senses(caption):
         start = re.compile(rf"(?<![^\W\d_]){re.escape(word)}(?![^\W\d_])").search(caption, place).start()
         style = "doubt" if sense is captions.Sense.DOUBT else "kept"

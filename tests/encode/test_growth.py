@@ -258,3 +258,27 @@ def test_a_damaged_file_of_ours_is_named_with_what_to_do(tmp_path, name):
     path.unlink()
     _run(images, out)
     assert fakes.tree(out) == before
+
+
+def test_every_picture_that_is_never_mirrored_is_listed_with_the_words_in_the_way(tmp_path):
+    images, out = fakes.photographs(tmp_path / "in", 7), tmp_path / "out"
+    said = {
+        "000": "Number 16 of a series",
+        "001": "a cat LeFt of a dog",
+        "002": 'a sign that says "STOP"',
+        "003": "topleft a dog",
+    }
+    for name, text in said.items():
+        (images / f"{name}.txt").write_text(text)
+    (images / "004.txt").unlink()
+    (images / "004.json").write_text(json.dumps({"caption": "a dog", "flip": False}))
+    _run(images, out)
+    rows = [json.loads(line) for line in (out / "unflipped.jsonl").read_text("utf-8").splitlines()]
+    reasons = {row["file"]: row["reason"] for row in rows}
+    assert reasons == {
+        "000.png": "Number 16", "001.png": "LeFt", "002.png": '"STOP"', "003.png": "topleft", "004.png": "switched off",
+    }  # fmt: skip
+    flips = {name: record["caption_flip"] for name, record in _records(out, 128).items()}
+    assert {name for name, flip in flips.items() if not flip} == set(reasons)
+    page = (out / "report.html").read_text("utf-8")
+    assert '<mark class="doubt">Number 16</mark> of a series' in page
