@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -101,9 +102,13 @@ def config(images: Path, out: Path, **changes):
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its bytes, but those that say how long it took."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in TIMED]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    """Every file below a folder with its bytes, but those that say how long it took; a running process may change it."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # renamed since it was listed
+            if path.is_file() and path.name not in TIMED:
+                found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
 
 
 if (
