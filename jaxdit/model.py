@@ -28,23 +28,28 @@ def _linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, *, zero: bool = Fa
     return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, kernel_init=kernel, rngs=rngs)
 
 
+def widen(x: jax.Array) -> jax.Array:
+    """x in float32, or in float64 where it is that: the tests compare in float64, where rounding hides no mistake."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def layer_norm(x: jax.Array) -> jax.Array:
     """Layer norm over the last axis without parameters, in float32: bfloat16 variances lose the small channels."""
-    x = x.astype(jnp.float32)
+    x = widen(x)
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, dtype) -> jax.Array:
     """layer_norm(x) (1 + scale) + shift; x is [b, n, d], shift and scale [b, d]."""
-    return (layer_norm(x) * (1 + scale[:, None].astype(jnp.float32)) + shift[:, None].astype(jnp.float32)).astype(dtype)
+    return (layer_norm(x) * (1 + widen(scale[:, None])) + widen(shift[:, None])).astype(dtype)
 
 
 def time_embedding(t: jax.Array) -> jax.Array:
     """[b, 256] cosines and sines of 1000 t (Vaswani et al. 2017; frequencies from 1 to 1/10,000)."""
     half = TIME_FREQUENCIES // 2
     frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half) / half)
-    angles = 1000 * t.astype(jnp.float32)[:, None] * frequencies
+    angles = 1000 * widen(t)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
@@ -72,7 +77,7 @@ def position_embedding(height: int, width: int, size: int) -> jax.Array:
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Turn each pair (x[i], x[i + half]) of x [b, n, heads, head_size] by its angle; keeps x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    first, second = jnp.split(widen(x), 2, -1)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1).astype(x.dtype)
 
@@ -227,7 +232,7 @@ class DiT(nnx.Module):
         h, _ = jax.lax.scan(layer, h, stacked, unroll=self.scan_unroll)
         shift, scale = jnp.split(self.final_modulation(condition), 2, -1)
         h = self.patch_out(modulate(h, shift, scale, self.dtype))
-        return unpatchify(h, height, width, self.patch).astype(jnp.float32)
+        return widen(unpatchify(h, height, width, self.patch))
 
     def _condition(self, t, vision, drop_vision):
         """MLP(t) + MLP(vision), [b, d]."""
@@ -237,7 +242,7 @@ class DiT(nnx.Module):
 
     def _text(self, text, lengths, drop_text):
         """Text projected to [b, l, d] and its lengths; a dropped sample has one token, the learned null text."""
-        text = jnp.where(drop_text[:, None, None], self.null_text[...], text.astype(jnp.float32)).astype(self.dtype)
+        text = jnp.where(drop_text[:, None, None], self.null_text[...], widen(text)).astype(self.dtype)
         text = self.text_norm(self.text_in(text)).astype(self.dtype)
         return text, jnp.where(drop_text, 1, lengths)
 
