@@ -50,7 +50,7 @@ class DiT(nn.Module):
         self.vision_in = nn.Linear(vision_width, width)
         self.vision_out = nn.Linear(width, width)
         self.text_in = nn.Linear(text_width, width)
-        self.text_norm = nn.RMSNorm(width, eps=EPS)
+        self.text_norm = RMSNorm(width, eps=EPS)
         self.null_vision = nn.Parameter(torch.empty(vision_width))
         self.null_text = nn.Parameter(torch.empty(text_width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
@@ -132,7 +132,7 @@ class Block(nn.Module):
         super().__init__()
         self.modulation = nn.Linear(width, 6 * width)
         self.self_attention = Attention(width, heads)
-        self.cross_norm = nn.RMSNorm(width, eps=EPS)
+        self.cross_norm = RMSNorm(width, eps=EPS)
         self.cross_attention = Attention(width, heads)
         self.mlp_in = nn.Linear(width, 4 * width)
         self.mlp_out = nn.Linear(4 * width, width)
@@ -154,8 +154,8 @@ class Attention(nn.Module):
         self.heads = heads
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)  # the keys of all heads, then the values of all heads
-        self.query_norm = nn.RMSNorm(width // heads, eps=EPS)
-        self.key_norm = nn.RMSNorm(width // heads, eps=EPS)
+        self.query_norm = RMSNorm(width // heads, eps=EPS)
+        self.key_norm = RMSNorm(width // heads, eps=EPS)
         self.out = nn.Linear(width, width)
 
     def forward(
@@ -171,6 +171,13 @@ class Attention(nn.Module):
             query, key = rotate(query, rotation), rotate(key, rotation)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(out.transpose(1, 2).flatten(2))
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm in the weight's dtype: under autocast that is float32, whatever the products run in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
