@@ -5,6 +5,7 @@ Both are for looking at a run. Neither may stop it: what fails is said once, and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -28,7 +29,7 @@ from tensorboardX.summary import text
 from encode.records import InputError, write_json
 
 FINISH_SECONDS = 20.0  # what the end of a run waits for uploads; a stopped run must be gone within a minute
-LOGIN_SECONDS = 30.0  # how long a question for an API key may stand unanswered at the start
+START_SECONDS = 30.0  # what the start waits for an answer: of the network, and of a person asked for an API key
 
 
 class TensorBoard:
@@ -129,6 +130,7 @@ class WandB:
     def __init__(self, workdir: Path, project: str, name: str | None = None, config: Mapping[str, Any] | None = None):
         library = wandb_library(project)
         self._image, self._run = library.Image, None
+        os.environ.setdefault("WANDB_LOGIN_TIMEOUT", f"{START_SECONDS:.0f}")  # Settings do not reach the question
         entity, _, short = project.rpartition("/")
         wanted = {
             "project": short,
@@ -151,6 +153,8 @@ class WandB:
                 )
                 logging.warning("Weights & Biases cannot be reached (%s). %s.", _first_line(error), where)
                 self._run = None
+                with contextlib.suppress(Exception):
+                    library.teardown()  # it still holds the run's id
 
     def row(self, values: Mapping[str, Any]) -> None:
         """The row of a step. A step that the killed leg before this one has sent is not sent again: it is the same."""
@@ -228,7 +232,7 @@ def _run_id(workdir: Path, project: str) -> str:
 
 def _settings(library: Any) -> Any:
     """Our log lines stay ours; a missing key or a dead network holds the run for seconds only."""
-    known = {"console": "off", "login_timeout": LOGIN_SECONDS}
+    known = {"console": "off", "init_timeout": START_SECONDS}
     try:
         return library.Settings(**known, finish_timeout=FINISH_SECONDS)
     except Exception:  # a library older than finish_timeout

@@ -52,6 +52,9 @@ class Metrics:
         config: Mapping[str, Any] | None = None,
     ):
         workdir = Path(workdir)
+        if wandb:
+            boards.wandb_library(wandb)  # what is missing is said before anything is touched
+        workdir.mkdir(parents=True, exist_ok=True)
         self._web = boards.WandB(workdir, wandb, name, config) if wandb else None
         self.path = workdir / "metrics.jsonl"
         self.last, self.seconds = _remove_after(self.path, step)

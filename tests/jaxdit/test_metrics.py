@@ -282,7 +282,7 @@ def test_no_failure_of_weights_and_biases_stops_a_run(wandb, tmp_path, monkeypat
     monkeypatch.setenv("OLD", "1")
     written(tmp_path, [1], wandb="photos")
     assert [call[0] for call in wandb()] == ["init", "init", "log", "finish"] and wandb()[1][1]["mode"] == "offline"
-    assert wandb()[1][1]["settings"] == ["console", "login_timeout"]
+    assert wandb()[1][1]["settings"] == ["console", "init_timeout"]
     assert caplog.text.count("cannot be reached (no network)") == 1
     monkeypatch.setenv("BREAKS", "1")
     written(tmp_path, [2, 3, 4], 1, wandb="photos")
