@@ -1,0 +1,218 @@
+"""What training costs, by arithmetic alone: operations an image, bytes of memory, the speed that a card may reach.
+
+The model's matrix products are counted exactly. Memory counts what JAX keeps for the backward pass (exact, both are held to
+the traced program by tests) and what one layer needs while it is differentiated (fitted to XLA's compiled programs).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TIME_FREQUENCIES = 256  # as model.TIME_FREQUENCIES
+FLOAT32 = 4
+
+# Share of a card's peak, counted in all operations that it performs (what remat computes again as well), where nothing
+# was measured. GPT-2 124M on a 4090 reaches 55% (karpathy/nanoGPT#182: 29% of an A100's 312 TFLOP/s); of that, a tenth goes to
+# this model's float32 norms and rotations, which wait for memory.
+UTILISATION = 0.5
+
+# Dense tensor-core peaks in TFLOP/s by JAX's device_kind: (bfloat16 with float32 sums, TF32: JAX's float32 products run in
+# it). From NVIDIA's white papers "Ada GPU Architecture", "Ampere GA102", "A100 Tensor Core GPU", "H100 Tensor Core GPU", "RTX
+# Blackwell GPU Architecture", and its data sheets of L4, L40, L40S, RTX 6000 Ada, H100 NVL, H200 and B200 (half of the
+# numbers that are given with sparsity).
+PEAKS = (
+    (r"(GeForce )?RTX 5090", 209.5, 104.8),
+    (r"(GeForce )?RTX 5080", 112.6, 56.3),
+    (r"(GeForce )?RTX 4090", 165.2, 82.6),
+    (r"(GeForce )?RTX 4080 SUPER", 104.4, 52.2),
+    (r"(GeForce )?RTX 4080", 97.5, 48.7),
+    (r"(GeForce )?RTX 3090 Ti", 80.0, 40.0),
+    (r"(GeForce )?RTX 3090", 71.0, 35.6),
+    (r"(GeForce )?RTX 3080", 59.5, 29.8),
+    (r"RTX A6000", 154.8, 77.4),
+    (r"RTX 6000 Ada Generation", 364.2, 182.1),
+    (r"L40S", 362.0, 183.0),
+    (r"L40", 181.0, 90.5),
+    (r"L4", 121.0, 60.0),
+    (r"A10", 125.0, 62.5),
+    (r"A40", 149.7, 74.8),
+    (r"A100[- ].*", 312.0, 156.0),
+    (r"H100 PCIe", 756.0, 378.0),
+    (r"H100 NVL", 835.0, 417.0),
+    (r"H100( .*)?|H200( .*)?|GH200.*", 989.4, 494.7),
+    (r"B200( .*)?", 2250.0, 1125.0),
+)
+
+
+def peak_flops(device_kind: str, dtype: str, count: int = 1) -> float | None:
+    """Operations a second at the peak of `count` devices; None where it is not known (a CPU, a laptop's card).
+
+    Args:
+      device_kind: as JAX names it, e.g. "NVIDIA GeForce RTX 4090"; the maker's names may be left out.
+      dtype: of the products, "bfloat16" or "float32".
+      count: number of devices.
+    """
+    name = device_kind.strip().removeprefix("NVIDIA ")
+    for pattern, bfloat16, tf32 in PEAKS:
+        if re.fullmatch(pattern, name):
+            return count * 1e12 * (bfloat16 if dtype == "bfloat16" else tf32)
+    return None
+
+
+def tokens(settings: Mapping[str, Any], latent_shape: Sequence[int]) -> int:
+    """Image tokens of a latent [height, width, channels]."""
+    return (latent_shape[0] // settings["patch"]) * (latent_shape[1] // settings["patch"])
+
+
+def forward_flops(settings: Mapping[str, Any], latent_shape: Sequence[int], text_length: int) -> float:
+    """Operations of the forward pass for one image: two a multiply-add of every matrix product, attention included.
+
+    Args:
+      settings: of the model, as `trained.model_settings` gives them.
+      latent_shape: [height, width, channels].
+      text_length: tokens that the text is padded to.
+    """
+    n, d, into = tokens(settings, latent_shape), settings["width"], settings["patch"] ** 2 * settings["channels"]
+    outside = 2 * n * into * d + d * n * into * 2  # patches in and out
+    outside += 2 * d * (TIME_FREQUENCIES + d) + 2 * d * (settings["vision_width"] + d)  # time, vision
+    outside += 2 * text_length * settings["text_width"] * d + 2 * d * 2 * d  # text, last modulation
+    return float(outside + block_flops(settings, latent_shape, text_length))
+
+
+def block_flops(settings: Mapping[str, Any], latent_shape: Sequence[int], text_length: int) -> float:
+    """The part of `forward_flops` within the blocks, which remat="block" computes twice."""
+    n, d = tokens(settings, latent_shape), settings["width"]
+    projections = 2 * d * d * (6 + 4 * n + 2 * n + 2 * text_length + 8 * n)  # modulation, self, cross, text, MLP
+    attention = 2 * 2 * n * d * (n + text_length)  # scores and sums over values
+    return float(settings["layers"] * (projections + attention))
+
+
+def training_flops(settings: Mapping[str, Any], latent_shape: Sequence[int], text_length: int) -> float:
+    """Operations of forward and backward pass for one image, three forward passes: what the MFU counts."""
+    return 3 * forward_flops(settings, latent_shape, text_length)
+
+
+def hardware_flops(settings: Mapping[str, Any], latent_shape: Sequence[int], text_length: int, *, remat: str) -> float:
+    """`training_flops` and what remat computes again."""
+    again = block_flops(settings, latent_shape, text_length) if remat == "block" else 0.0
+    return training_flops(settings, latent_shape, text_length) + again
+
+
+def images_per_second(hardware: float, peak: float, utilisation: float = UTILISATION) -> float:
+    """Speed of training by estimate; hardware from `hardware_flops`, peak from `peak_flops`."""
+    return peak * utilisation / hardware
+
+
+# How much lives beside what is kept, in parts of one layer, fitted to compiled.memory_analysis() of the trainer's own step on
+# XLA's CPU backend over shapes of 2-12 layers, width 64-512, 64-1,024 tokens, micro-batches of 1-8 (tests/jaxdit/test_estimate.py
+# holds some of them). XLA fuses more for a GPU, which then needs rather less.
+WORKING = {"none": 0.55, "block": 1.0}  # of one layer's activations, while it is differentiated
+LAYER_WEIGHTS = 1.0  # of one layer's weights: its gradients before they are stacked
+UPDATE_COPIES = 2.5  # of the parameters: the clipped gradients, the changes, new moments not yet written back
+
+
+def memory(
+    settings: Mapping[str, Any],
+    parameters: int,
+    micro_batch: int,
+    latent_shape: Sequence[int],
+    text_length: int,
+    *,
+    remat: str,
+) -> dict[str, int]:
+    """Bytes on one device when it needs most; the sum of the parts is the whole.
+
+    Two programs alternate: gradients of a micro-batch, and the update. What the update needs beyond what activations left
+    free is counted among the gradients.
+
+    Args:
+      settings: of the model; its dtype and its attention ("cudnn" keeps no scores, "xla" does) decide.
+      parameters: how many the model has.
+      micro_batch: images of a micro-batch on this device.
+      latent_shape: [height, width, channels].
+      text_length: tokens that the text is padded to.
+      remat: "none" or "block".
+    """
+    copy = FLOAT32 * parameters
+    activations = activation_bytes(settings, micro_batch, latent_shape, text_length, remat=remat)
+    beside = max(copy, round(UPDATE_COPIES * copy) - activations)
+    image = FLOAT32 * math.prod(latent_shape) + FLOAT32 * settings["vision_width"] + FLOAT32
+    return {
+        "parameters": copy,
+        "moments": 2 * copy,
+        "ema": copy,
+        "gradients": copy + beside,  # the sum over micro-batches, and those of the one at hand
+        "activations": activations,
+        "batch": 2 * micro_batch * (image + 2 * text_length * settings["text_width"]),  # and the next one, on its way
+    }
+
+
+def largest_micro_batch(
+    settings: Mapping[str, Any],
+    parameters: int,
+    budget: float,
+    latent_shape: Sequence[int],
+    text_length: int,
+    *,
+    remat: str,
+) -> int:
+    """The most images at a time whose `memory` is at most `budget` bytes; 0 where not even one fits."""
+
+    def fits(micro_batch):
+        parts = memory(settings, parameters, micro_batch, latent_shape, text_length, remat=remat)
+        return sum(parts.values()) <= budget
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def activation_bytes(
+    settings: Mapping[str, Any], micro_batch: int, latent_shape: Sequence[int], text_length: int, *, remat: str
+) -> int:
+    """Bytes of a micro-batch's forward and backward pass beside parameters and their gradients."""
+    layer = kept_in_layer(settings, micro_batch, latent_shape, text_length, remat="none")
+    kept = settings["layers"] * kept_in_layer(settings, micro_batch, latent_shape, text_length, remat=remat)
+    weights = LAYER_WEIGHTS * FLOAT32 * KERNELS * settings["width"] ** 2
+    outside = micro_batch * _outside(settings, latent_shape, text_length)
+    return round(kept + WORKING[remat] * layer + weights + outside)
+
+
+KERNELS = 22  # d^2 a layer: modulation 6, self-attention 4, cross-attention 4, MLP 8
+
+
+def kept_in_layer(
+    settings: Mapping[str, Any], micro_batch: int, latent_shape: Sequence[int], text_length: int, *, remat: str
+) -> int:
+    """Bytes that one layer keeps for the backward pass, exactly as JAX differentiates `model.Block`.
+
+    With remat="block" that is the layer's input. Without it, every input of a nonlinear operation: norms, rotations and
+    softmax in float32, the rest in the dtype of the products.
+    """
+    b, n, l = micro_batch, tokens(settings, latent_shape), text_length
+    d, k = settings["width"], settings["heads"]
+    item = FLOAT32 if settings["dtype"] == "float32" else 2
+    if remat == "block":
+        return b * n * d * item
+    cudnn = settings["attention"] == "cudnn"  # keeps no scores
+    wide = (18 * FLOAT32 + (11 + 24) * item) * n * d + (3 * FLOAT32 + 2 * item) * l * d  # 24: the MLP, 4 d wide
+    wide += (2 * FLOAT32 + 2 * item) * d  # shifts, scales and gates
+    thin = 6 * FLOAT32 * n + (6 * n + 2 * l) * FLOAT32 * k  # one over the root mean square, of tokens and of heads
+    flash = 2 * item * n * d + 2 * FLOAT32 * n * k  # both outputs, and the logarithms of their sums
+    plain = (FLOAT32 + item) * k * n * (n + l) + 4 * FLOAT32 * n * k  # scores as well
+    casts = 0 if item == FLOAT32 else item * KERNELS * d * d  # of all weights to the dtype of the products
+    return b * (wide + thin + (flash if cudnn else plain)) + casts + FLOAT32 * d + 4 * FLOAT32 * (d // k)
+
+
+def _outside(settings, latent_shape, text_length) -> int:
+    """Bytes an image outside the blocks: noise, x_t, target, prediction; the text's projection; first and last layer."""
+    n, d = tokens(settings, latent_shape), settings["width"]
+    text = text_length * FLOAT32 * (2 * settings["text_width"] + 3 * d)
+    return 5 * FLOAT32 * math.prod(latent_shape) + text + 4 * FLOAT32 * n * d
