@@ -19,7 +19,6 @@ import numpy as np
 from jaxdit.past import RECENT, SETTLED, Past, error, median, noise, present, spread
 
 KEPT = 0.7  # a trouble that was there in full stays until it has shrunk to this share
-LAGS = (1, 2, 4, 7, 10, 15, 20, 35, 50, 75, 100, 150, 200)  # rows back at which "was there in full" is looked up
 CONDITIONS = ("time", "vision", "text", "null_vision", "null_text", "modulation", "cross_attention")
 Found = tuple[str, int] | None  # what is seen, in words, and the step it began at
 
@@ -84,8 +83,7 @@ def hold(check: Callable[[Past, float], Any], past: Past) -> Any:
     weak = check(past, KEPT)
     if weak is None or check(past, 1.0) is not None:
         return weak
-    lags = (lag for lag in LAGS if lag < len(past.step))
-    return weak if any(check(past.before(lag), 1.0) is not None for lag in lags) else None
+    return weak if any(check(past.before(lag), 1.0) is not None for lag in past.lags) else None
 
 
 def _back(saved: Sequence[int], since: int) -> str:
@@ -305,7 +303,10 @@ def _uneven(p: Past, margin: float) -> Found:
         if falling and rise > margin * log(1.2):
             if rise > 6 * margin * math.hypot(error(old, len(old)), error(new, len(new))):
                 return f"{where} has risen by {math.expm1(rise):.0%} while the mean falls", int(p.step[-rows])
-        elif level > p.start + log(1 - 0.1 / margin) and mean < p.start + log(0.75):
+            continue
+        # Of a bin that lags behind, a seventh of what the mean has gained; of one that is only slower, more.
+        least = max(log(1 - 0.1 / margin), log(1 - 0.15 / margin * -math.expm1(mean - p.start)))
+        if mean < p.start + log(0.65) and level - 2 * error(new, len(new)) > p.start + least:
             return f"{where} is still {exp(level):.3g}, as at the start, the mean {exp(mean):.3g}", int(p.step[0])
     return None
 

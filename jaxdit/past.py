@@ -56,6 +56,20 @@ class Past:
         other.every, other.moved = self.every[:every], self.moved[:every]
         return other
 
+    @cached_property
+    def lags(self) -> list[int]:
+        """How many rows back to look for a trouble that is not there in full now: each of ten, then one in ten up to 200.
+
+        The latter are tied to the steps: a row stays looked at until it is out of reach, and no verdict flickers.
+        """
+        tied = (
+            self.step // max(10 * int(median(np.diff(self.step[-self.window :]))), 1)
+            if len(self.step) > 1
+            else self.step
+        )
+        rows = len(self.step) - 1 - np.flatnonzero(np.diff(tied, append=tied[-1:]))
+        return [*range(1, min(11, len(self.step))), *(int(lag) for lag in rows[::-1] if 10 < lag <= 200)]
+
     def last(self, count: int, *names: str) -> np.ndarray:
         """[names, up to count] the newest values of some columns, NaN where there is none."""
         reach = min(count + self.back, len(self._rows))
