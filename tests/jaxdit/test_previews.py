@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from configs import quickstart
-from encode import demo_encoders
+from encode import demo_encoders, encoders
 from encode.records import InputError, write_json
 from jaxdit import data, decode_previews, model, preview_set, previews, sample, trained
 
@@ -154,6 +155,8 @@ def test_the_default_set_is_spread_over_buckets_images_and_conditions(dataset, t
     assert without_text.sum() == without_vision.sum() == 1 and not (without_text & without_vision).any()
     own = [f"image {row['reference']} with its own" in row["note"] for row in fixed.pictures]
     assert sum(own) == 3 and sum("with the vector of" in row["note"] for row in fixed.pictures) == 3
+    names = [re.findall(r"image (\S+)", row["note"]) for row in fixed.pictures]
+    assert all(len(set(two)) == 2 and two[1] == row["reference"] for two, row in zip(names, fixed.pictures) if two[1:])
     shown = [(row["prompt"], bucket) for row, bucket in zip(fixed.pictures, fixed.buckets) if row["prompt"]]
     assert len(set(shown)) == 7
     assert len({row["reference"] for row in fixed.pictures if row["reference"]}) >= 5
@@ -227,13 +230,17 @@ def test_drawing_changes_nothing_and_gives_the_same_again(begin, weights):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(ema))
 
 
-def test_few_at_a_time_gives_the_same_pictures_with_a_program_a_shape(begin, weights):
-    run = begin()
+def test_few_at_a_time_gives_the_same_pictures_with_a_program_a_shape(begin, weights, monkeypatch):
+    run, sizes, generate = begin(), [], trained.generate
+    monkeypatch.setattr(
+        trained, "generate", lambda *given, **options: sizes.append(len(given[3])) or generate(*given, **options)
+    )
     together = run._sample(3, weights[1])
+    assert max(sizes) == 2  # three evaluations of each are a micro-batch of 6
     run._config.train.micro_batch = 1
     trained._sample.clear_cache()
     alone = run._sample(3, weights[1])
-    assert trained._sample._cache_size() == 3
+    assert trained._sample._cache_size() == 3 and sizes[-8:] == [1] * 8
     for name in together:
         np.testing.assert_allclose(alone[name], together[name], atol=1e-3)
 
@@ -274,6 +281,8 @@ def test_a_decoder_that_is_missing_is_named_at_the_start_and_latents_wait_for_on
     run._child.wait()
     assert run.finished() == [] and "vae.name='flax': unknown" in caplog.text
     run.draw(2, weights[1])
+    run._child.wait()
+    assert run.finished() == [] and run._child is None  # no other is tried before there are new pictures
     run.close(60)
     assert decode_previews.waiting(run.folder) == [2] and caplog.text.count("unknown") == 1
     write_json(tmp_path / "run" / "dataset.json", description)
@@ -376,6 +385,26 @@ def test_latents_that_come_while_the_step_is_decoded_wait_again(tmp_path):
     assert decode_previews.waiting(tmp_path) == [5]
     decode_previews._decode_step(demo_encoders.DemoVAE(), path.parent, {})
     assert decode_previews.waiting(tmp_path) == [] and (path.parent / "00.png").exists()
+
+
+def test_pictures_are_decoded_on_the_processor_in_float32(begin, weights, monkeypatch):
+    run, asked = begin(), []
+    monkeypatch.setattr(encoders, "load_vae", lambda section, device: asked.append((section["dtype"], device)))
+    decode_previews.decode(run.folder.parent)
+    assert asked == [("float32", "cpu")]
+
+
+def test_a_picture_has_its_name_only_when_it_is_whole(begin, weights, monkeypatch):
+    run = begin()
+    run.close(0)
+    run._write(1, run._sample(1, weights[1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_previews, "publish", lambda temporary, target: 1 / 0)
+        with pytest.raises(RuntimeError):
+            decode_previews.decode(run.folder.parent)
+    assert [path.name for path in (run.folder / "1").iterdir() if path.name[0] != "."] == [decode_previews.LATENTS]
+    decode_previews.decode(run.folder.parent)
+    assert sorted(path.name for path in (run.folder / "1").iterdir()) == [f"{k:02d}.png" for k in range(8)]
 
 
 def test_damaged_latents_are_named_and_the_other_steps_are_decoded(begin, weights):
