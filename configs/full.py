@@ -1,73 +1,100 @@
 """The big run: about 560 M parameters on 100,000 photographs, in three stages of rising resolution.
 
-python -m jaxdit.main --config=configs/full.py:256 --workdir=DIR --config.data.path=OUT/256
+python -m jaxdit.main --config=configs/full.py:256  --workdir=A --config.data.path=OUT/256  --config.train.gate=NANO
+python -m jaxdit.main --config=configs/full.py:512  --workdir=B --config.data.path=OUT/512  --config.train.init_from=A
+python -m jaxdit.main --config=configs/full.py:1024 --workdir=C --config.data.path=OUT/1024 --config.train.init_from=B
 
-Esser et al. 2024 for the timesteps' shift at high resolutions; micro-batches fit 24 GB.
+Plain configs/full.py is the plan's run: 1024 from the first step. "The plan" is the plan of the project; python -m jaxdit.plan
+shows for a card what fits and how long each stage takes.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-STAGES = {  # resolution: (micro-batch, steps, shift of the timesteps)
-    "256": (64, 400_000, 1.0),
-    "512": (16, 150_000, 1.5),
-    "1024": (4, 50_000, 3.0),
+# Resolution: (micro-batch, steps, shift of the timesteps, peak learning rate).
+STAGES = {
+    # Most samples are seen where they are cheap: a sample at 1024 costs about twenty times one at 256.
+    "256": (32, 300_000, 1.0, 3e-4),
+    # Four times the pixels need more noise to hide the same composition: shift by sqrt(4) (Esser et al. 2024, sec. 5.3.2).
+    "512": (16, 50_000, 2.0, 1e-4),
+    # 3.0 is what people preferred at 1024 (Esser et al. 2024, fig. 6).
+    "1024": (4, 10_000, 3.0, 1e-4),
+    # The plan's run.
+    "": (4, 100_000, 1.0, 3e-4),
 }
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    stage = arg or "256"
+    stage = arg or ""
     if stage not in STAGES:
-        raise ValueError(f"configs/full.py:{stage}: no such stage; choose {', '.join(STAGES)}.")
-    micro_batch, total_steps, shift = STAGES[stage]
+        raise ValueError(f"configs/full.py:{stage}: no such stage; choose {', '.join(filter(None, STAGES))}.")
+    micro_batch, total_steps, shift, peak = STAGES[stage]
     return ConfigDict(
         {
             "data": {
-                "path": "",
-                "holdout_fraction": 0.01,
-                "text_lengths": (),
+                "path": "",  # OUT/RES of encode.main
+                "holdout_fraction": 0.01,  # 1,000 of 100,000 images: the held-out loss is then known to 0.3%
+                "text_lengths": (),  # one length, the longest caption's: one program a bucket
                 "normalize_vision": False,
                 "accept_growth": False,
             },
             "model": {
-                "layers": 24,
+                "layers": 24,  # the plan: 24 x 1024 with 16 heads, 559 M parameters (DiT-L has this depth and width)
                 "width": 1024,
-                "heads": 16,
-                "patch": 2,
-                "dtype": "auto",
-                "remat": "block",
+                "heads": 16,  # of 64: cuDNN's fastest head size, and that of DiT and PixArt
+                "patch": 2,  # Peebles and Xie 2023: half the patch, better by far; 1 is out of reach
+                "dtype": "auto",  # bfloat16 on a GPU
+                "remat": "block",  # without it one sample at 1024 fills 24 GB (python -m jaxdit.plan)
                 "scan_unroll": 1,
             },
             "flow": {
-                "mean": 0.0,
+                "mean": 0.0,  # logit-normal, Esser et al. 2024, sec. 3.1
                 "std": 1.0,
                 "shift": shift,
-                "drop_both": 0.1,
+                "drop_both": 0.1,  # the plan's three tenths: what guidance over two conditions needs to know
                 "drop_text": 0.1,
                 "drop_vision": 0.1,
                 "flip": 0.5,
             },
             "optim": {
-                "peak_learning_rate": 3e-4,
-                "end_learning_rate": 1e-6,
-                "warmup_steps": placeholder(int),
+                "peak_learning_rate": peak,  # the plan's 3e-4; a third where a stage begins from trained weights
+                "end_learning_rate": 1e-6,  # the plan
+                "warmup_steps": placeholder(
+                    int
+                ),  # None: min(5,000, total // 10), the plan's 5,000 where the run is long
                 "b1": 0.9,
-                "b2": 0.95,
+                "b2": 0.95,  # the plan; 0.999 forgets a spike only after a thousand updates
                 "eps": 1e-8,
-                "weight_decay": 0.03,
-                "clip_norm": 1.0,
-                "ema_decay": 0.9999,
+                "weight_decay": 0.03,  # the plan; on kernels alone
+                "clip_norm": 1.0,  # the plan
+                "ema_decay": 0.9999,  # the plan; reached at update 90,000, before it the average covers a ninth of the run
             },
             "train": {
                 "seed": 0,
                 "total_steps": total_steps,
-                "batch_size": 256,
-                "micro_batch": micro_batch,
-                "log_every": 20,
-                "eval_every": 1000,
-                "eval_budget": 512,
+                "batch_size": 256,  # the plan: DiT's and PixArt's
+                "micro_batch": micro_batch,  # what fits 24 GB, estimated by jaxdit.plan with a third in reserve
+                "log_every": 20,  # at 1024 an update takes a minute
+                "eval_every": 1_000,
+                "eval_images": 512,  # of each split
+                "eval_budget": 0.05,  # of the time, evaluation and previews together
+                "gate": "needed",  # gate.json of a nano run, or skip; inherited by later stages
+                "init_from": "",  # WORKDIR or WORKDIR@STEP of the stage before
+                "init_weights": "ema",  # or raw
+                "restore": "",  # WORKDIR@STEP: go back, in a new folder
+                "deterministic": False,
             },
-            "checkpoint": {"every": 5_000, "minutes": 30.0, "keep": 2},
-            "sample": {"steps": 28, "text_guidance": 4.0, "vision_guidance": 1.5, "shift": shift},
+            "checkpoint": {"every": 5_000, "minutes": 30.0, "keep": 2},  # the plan; at most half an hour is lost
+            "sample": {
+                "steps": 28,  # SD3's default; Euler
+                "text_guidance": 4.0,
+                "vision_guidance": 1.5,
+                "shift": max(shift, 1.0),
+                "previews": 8,
+                "prompts": (),
+                "references": (),
+            },
+            "metrics": {"wandb": "", "watts": 450.0},  # the card's limit; measure at the wall for a better number
+            "health": {},
         }
     )

@@ -23,6 +23,7 @@ from encode.records import InputError
 
 SNAPSHOTS, LONG_INTERVAL = 10, 50_000  # EMA snapshots kept: the newest ten, and one in so many steps for good
 ITEMS = ("state", "ema", "data")
+FAILURES = 3  # saves in a row that may fail before the run ends: a month of electricity is not spent on what is lost
 
 
 class SaveFailed(RuntimeError):
@@ -41,56 +42,81 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, *, every: int, keep: int):
         self.folder = Path(workdir).resolve() / "checkpoints"
         self.every, self.keep = every, keep
+        self.failures = 0  # saves in a row that did not land
         for leftover in [*self.folder.glob(".*.removed"), *self.folder.glob("*.orbax-checkpoint-tmp*")]:
             shutil.rmtree(
                 leftover, ignore_errors=True
             )  # of a process that was killed; the folder is locked, so not in use
-        # Folders are made before save returns: a disk that refuses is then an error, not five minutes of waiting.
-        options = ocp.AsyncOptions(create_directories_asynchronously=False)
-        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+        self._writer, self._landing = _writer(), None
 
     def steps(self, item: str = "state") -> list[int]:
         """The steps at which `item` was saved completely, ascending."""
         return saved_steps(self.folder.parent, item)
 
     def save(self, step: int, state: Any, ema: Any, data: dict[str, Any]) -> None:
-        """Start saving in the background; the arrays are copied before this returns.
+        """Start saving in the background, once the save before it has landed; the arrays are copied before this returns.
+
+        A save that fails is told loudly and the run goes on: the caller tries again. The third in a row is an error.
 
         Raises:
-          SaveFailed: this save, or the one before it, could not be written.
+          SaveFailed: the third save in a row could not be written.
         """
-        target = self.folder / str(step)
-        with self._naming_failures():
-            self._writer.wait_until_finished()
+        self.wait()
+        with self._telling_failures():
+            self._landing = step
             self.folder.mkdir(parents=True, exist_ok=True)
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state, ema)))
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise OSError(f"it takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
             if not self._complete(step):
-                _remove(target)  # a snapshot of an earlier pass over this step, without its state
+                _remove(self.folder / str(step))  # a snapshot of an earlier pass over this step, without its state
                 items = ocp.args.Composite(
                     state=ocp.args.StandardSave(state), ema=ocp.args.StandardSave(ema), data=ocp.args.JsonSave(data)
                 )
-                self._writer.save(target, args=items)
+                self._writer.save(self.folder / str(step), args=items)
 
     def check(self) -> None:
-        """Raise SaveFailed if a background save has failed."""
-        with self._naming_failures():
+        """Tell a background save that has failed; raises SaveFailed at the third in a row."""
+        with self._telling_failures():
             self._writer.check_for_errors()
 
     def wait(self) -> None:
-        """Wait for the save in hand, then remove what is no longer kept; raises SaveFailed."""
-        with self._naming_failures():
+        """Wait for the save in hand, then remove what is no longer kept; raises SaveFailed at the third failure in a row."""
+        with self._telling_failures():
             self._writer.wait_until_finished()
+            if self._landing is not None and self._complete(self._landing):
+                self.failures, self._landing = 0, None
             self._prune()
 
+    def landed(self, step: int) -> None:
+        """Make sure that `step` has been saved, at the end of a run.
+
+        Raises:
+          SaveFailed: it has not.
+        """
+        self.wait()
+        if not self._complete(step):
+            raise SaveFailed(f"{self.folder}: step {step} could not be saved. {self._last_good()}")
+
     @contextlib.contextmanager
-    def _naming_failures(self):
+    def _telling_failures(self):
         try:
             yield
         except Exception as error:  # Orbax passes on whatever its threads met
-            complete = self.steps()
-            raise SaveFailed(
-                f"{self.folder}: a checkpoint could not be saved ({_first_line(error)}). The last complete one is "
-                f"{f'step {complete[-1]}' if complete else 'none'}; make room or mend the disk, and start again to go on."
-            ) from error
+            self.failures, self._landing = self.failures + 1, None
+            message = f"{self.folder}: a checkpoint could not be saved ({_first_line(error)}). {self._last_good()}"
+            with contextlib.suppress(Exception):
+                self._writer.close()
+            self._writer = _writer()
+            if self.failures >= FAILURES:
+                raise SaveFailed(message) from error
+            logging.error("%s The run goes on and tries again.", message)
+
+    def _last_good(self) -> str:
+        complete = self.steps()
+        last = f"step {complete[-1]}" if complete else "none"
+        return f"The last complete one is {last}; make room or mend the disk, and start again to go on."
 
     def close(self) -> None:
         self._writer.close()
@@ -112,20 +138,15 @@ class Checkpoints:
         for step in reversed(steps):
             check_shapes(self.folder / str(step) / "state", state)
             try:
-                reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-                restored = reader.restore(
-                    self.folder / str(step),
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(_abstract(state)),
-                        ema=ocp.args.StandardRestore(_abstract(ema)),
-                        data=ocp.args.JsonRestore(),
-                    ),
-                )
-                self._set_aside(damaged)
-                return step, restored["state"], restored["ema"], restored["data"]
+                found = read_step(self.folder / str(step), state, ema)
             except Exception as error:  # whatever the damage is, the step before may be whole
+                if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                    raise  # nothing is wrong with the checkpoint
                 logging.warning("Step %d cannot be read (%s); trying the one before.", step, _first_line(error))
                 damaged.append(step)
+                continue
+            self._set_aside(damaged)
+            return step, *found
         if steps:
             raise InputError(f"{self.folder}: none of the steps {steps} can be read; restore the folder from a backup.")
         return None
@@ -151,6 +172,25 @@ class Checkpoints:
             elif step not in resumable[-self.keep :]:
                 for item in ("state", "data"):
                     _remove(self.folder / str(step) / item)
+
+
+def _writer() -> ocp.AsyncCheckpointer:
+    # Folders are made before save returns: a disk that refuses is then an error, not five minutes of waiting.
+    options = ocp.AsyncOptions(create_directories_asynchronously=False)
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+
+
+def read_step(folder: Path, state: Any, ema: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """(state, ema, data) of one complete step's folder, as trees like those given; raises whatever the reading meets."""
+    restored = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(
+        folder,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(_abstract(state)),
+            ema=ocp.args.StandardRestore(_abstract(ema)),
+            data=ocp.args.JsonRestore(),
+        ),
+    )
+    return restored["state"], restored["ema"], restored["data"]
 
 
 def saved_steps(workdir: str | Path, item: str = "ema") -> list[int]:

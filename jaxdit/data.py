@@ -163,23 +163,32 @@ class Dataset:
         names = ", ".join(str(records.shard_path(self.path, bucket, shard)) for shard in suspects)
         return f"cannot read a record of {names}: {error}; remove the damaged shard with its index and encode again."
 
-    def held_out_batches(self, batch_size: int, budget: int) -> Iterator[tuple[dict[str, np.ndarray], int, int]]:
-        """The held-out images, unflipped, at most `budget` of them, spread evenly over all.
+    def fixed_batches(
+        self, split: str, batch_size: int, count: int
+    ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, int]]:
+        """Images to measure on, unflipped, at most `count` of them, spread evenly over all.
+
+        Args:
+          split: "held_out" or "training".
+          batch_size: of the batches.
+          count: at most so many images.
 
         Yields:
-          (batch, number of its first image, how many of its rows are images): a short batch is filled up with copies, so
-          that each bucket has one shape.
+          (batch, [batch, 2] uint32 numbers that are a function of each image's id alone, how many of its rows are images):
+          a short batch is filled up with copies, so that each bucket has one shape.
         """
-        places = [(name, row) for name in self.buckets for row in self.held_out[name]]
-        places = [places[k * len(places) // min(budget, len(places))] for k in range(min(budget, len(places)))]
-        first = 0
+        chosen = self.train if split == "training" else self.held_out
+        places = [(name, row) for name in self.buckets for row in chosen[name]]
+        count = min(count, len(places))
+        places = [places[k * len(places) // count] for k in range(count)]
         for name in self.buckets:
-            chosen = [row for bucket, row in places if bucket == name]
-            for start in range(0, len(chosen), batch_size):
-                rows = chosen[start : start + batch_size]
-                filled = np.array(rows + rows[:1] * (batch_size - len(rows)))
-                yield self.read(name, filled, np.zeros(batch_size, bool)), first, len(rows)
-                first += len(rows)
+            rows = [row for bucket, row in places if bucket == name]
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                filled = np.array(part + part[:1] * (batch_size - len(part)))
+                digests = [hashlib.sha256(sample["id"]).digest()[:8] for sample in self.records(name, filled)]
+                numbers = np.stack([np.frombuffer(digest, "<u4") for digest in digests])
+                yield self.read(name, filled, np.zeros(batch_size, bool)), numbers, len(part)
 
 
 class Plan(grain.IterDataset):

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+TENTHS = 10  # bins of t in which losses are reported
+
 
 def sample_keys(seed: int, step: jax.Array, first: jax.Array, count: int) -> jax.Array:
     """One random key a sample.
@@ -79,21 +81,21 @@ def velocity_target(x0: jax.Array, noise: jax.Array) -> jax.Array:
     return noise - x0
 
 
-def squared_error(predicted: jax.Array, target: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Mean squared error of each sample, in float32 because a bfloat16 sum over a latent keeps two digits.
+def mean_square(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Mean of the squares of each sample, in float32 because a bfloat16 sum over a latent keeps two digits.
 
     Args:
-      predicted, target: [batch, height, width, channels].
+      values: [batch, height, width, channels].
       mask: [batch, height, width], 1 where the latent is picture and 0 where it is padding; None: all picture.
 
     Returns:
       [batch] float32.
     """
-    error = jnp.square(predicted.astype(jnp.float32) - target.astype(jnp.float32)).mean(-1)
+    squares = jnp.square(values.astype(jnp.float32)).mean(-1)
     if mask is None:
-        return error.mean((1, 2))
+        return squares.mean((1, 2))
     mask = mask.astype(jnp.float32)
-    return (error * mask).sum((1, 2)) / jnp.maximum(mask.sum((1, 2)), 1)
+    return (squares * mask).sum((1, 2)) / jnp.maximum(mask.sum((1, 2)), 1)
 
 
 def losses(
@@ -104,11 +106,11 @@ def losses(
     mean: float,
     std: float,
     shift: float,
-    drop_both: float,
-    drop_text: float,
-    drop_vision: float,
-) -> jax.Array:
-    """Training loss of each sample.
+    drop_both: float | jax.Array,
+    drop_text: float | jax.Array,
+    drop_vision: float | jax.Array,
+) -> dict[str, jax.Array]:
+    """Training loss of each sample, and what tells where a loss comes from.
 
     Args:
       model: (x_t, t, batch, drop_text, drop_vision) -> predicted velocity, as `model.DiT`.
@@ -118,12 +120,24 @@ def losses(
       drop_both, drop_text, drop_vision: shares of the samples, see `draw_dropout`.
 
     Returns:
-      [batch] float32.
+      [batch] float32 each: "loss"; "t"; "velocity" and "target", mean squares of the predicted and of the true velocity.
     """
-    x0 = batch["latent"]
+    x0, mask = batch["latent"], batch.get("mask")
     time_keys, drop_keys, noise_keys = (jax.vmap(jax.random.fold_in, (0, None))(keys, purpose) for purpose in range(3))
     t = draw_timesteps(time_keys, mean=mean, std=std, shift=shift)
     without_text, without_vision = draw_dropout(drop_keys, both=drop_both, text=drop_text, vision=drop_vision)
     noise = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(noise_keys)
-    predicted = model(interpolate(x0, noise, t), t, batch, without_text, without_vision)
-    return squared_error(predicted, velocity_target(x0, noise), batch.get("mask"))
+    target = velocity_target(x0, noise)
+    predicted = model(interpolate(x0, noise, t), t, batch, without_text, without_vision).astype(jnp.float32)
+    return {
+        "loss": mean_square(predicted - target, mask),
+        "t": t,
+        "velocity": mean_square(jax.lax.stop_gradient(predicted), mask),
+        "target": mean_square(target, mask),
+    }
+
+
+def sum_by_timestep(values: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums and counts of [batch] values by tenths of t: two [10] float32 arrays."""
+    tenth = jax.nn.one_hot(jnp.minimum((t * TENTHS).astype(jnp.int32), TENTHS - 1), TENTHS)
+    return (values[:, None] * tenth).sum(0), tenth.sum(0)

@@ -5,6 +5,7 @@ Trains in the working folder DIR, or goes on where it stopped. Any field of the 
 """
 
 import os
+from pathlib import Path
 
 # Read when JAX starts: XLA would take 75% of a card and waste 6 GB of 24.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
@@ -23,7 +24,12 @@ def main(config) -> int:
             "--config names no configuration of a training run; take configs/nano.py or configs/full.py:256."
         )
     commandline.refuse_url("config.data.path", config.data.path)
+    if config.train.deterministic:  # read when JAX starts; on the CPU everything is deterministic already
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     import jax
+
+    if not jax.config.jax_compilation_cache_dir:  # a run that goes on does not compile again
+        jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/jaxdit/compiled").expanduser()))
 
     from jaxdit import checkpoint, report, train
 

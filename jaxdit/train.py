@@ -6,7 +6,9 @@ different buckets. Everything random is a function of (train.seed, step), so a r
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import signal
 import time
 from functools import partial
@@ -14,18 +16,33 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 
-from encode.records import InputError, only_one
-from jaxdit import checkpoint, data, flow, mesh, metrics, model, optim, trained
+from encode.records import DatasetError, InputError, only_one
+from jaxdit import (
+    checkpoint,
+    data,
+    estimate,
+    health,
+    heldout,
+    mesh,
+    metrics,
+    model,
+    optim,
+    origin,
+    previews,
+    report,
+    startup,
+    trained,
+    update,
+)
 from jaxdit import workdir as folder
 
 VOIDED_LIMIT = 10
 SAY_EVERY = 30.0  # seconds between progress lines, at the most
-HELD_OUT = 2**31 - 1  # stands where a step stands in the keys of training, and no step reaches it
+TRY_AGAIN = 300.0  # seconds after a save that failed
+FREE_SECONDS = 60.0  # of evaluation and previews, before train.eval_budget is looked at
+JUDGED = 2_000  # rows that health looks at
 
 
 class TrainingStopped(RuntimeError):
@@ -45,12 +62,13 @@ def train(config: Any, workdir: str | Path) -> str:
     Raises:
       InputError: the configuration, the data set or the working folder is wrong; nothing was changed.
       TrainingStopped: too many updates in a row were not finite.
+      checkpoint.SaveFailed: too many saves in a row, or the last one, could not be written.
     """
     workdir = Path(workdir)
     folder.check(config, jax.device_count())
     try:
         mesh.compute_dtype(config.model.dtype)
-        warmup = optim.warmup_updates(config.optim.warmup_steps, config.train.total_steps)
+        optim.warmup_updates(config.optim.warmup_steps, config.train.total_steps)
     except ValueError as error:
         raise InputError(str(error)) from error
     dataset = data.Dataset(
@@ -59,234 +77,262 @@ def train(config: Any, workdir: str | Path) -> str:
         text_lengths=config.data.text_lengths,
         normalize_vision=config.data.normalize_vision,
     )
+    start = origin.look(config, dataset.info) if folder.is_new(workdir) else None
     with only_one(workdir):
-        dataset.describe(folder.claim(workdir, config, dataset.path, dataset.info))
-        return run(config, workdir, dataset, warmup)
+        dataset.describe(folder.claim(workdir, config, dataset.path, dataset.info, start))
+        return run(config, workdir, dataset)
 
 
-def run(config: Any, workdir: Path, dataset: data.Dataset, warmup: int) -> str:
+def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
     """The run itself, in a working folder that is ours; see `train`."""
     # One axis of devices: parameters on each, micro-batches divided over them.
     devices = mesh.make_mesh()
     everywhere, divided = mesh.replicated(devices), mesh.over_batch(devices)
     settings = trained.model_settings(config.model, dataset.info["widths"])
     graph, shapes = model.abstract(settings)
-    announce(config, dataset, shapes, warmup)
+    startup.announce(config, dataset, settings, shapes, origin.read(workdir))
     schedule = optim.learning_rate(
         peak=config.optim.peak_learning_rate,
         end=config.optim.end_learning_rate,
-        warmup=warmup,
+        warmup=optim.warmup_updates(config.optim.warmup_steps, config.train.total_steps),
         total=config.train.total_steps,
     )
     optimizer = optim.make_optimizer(
         schedule, **{name: config.optim[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
     )
-    initial = jax.jit(partial(new_state, settings, optimizer, config.train.seed), out_shardings=everywhere)
-    zeros = jax.jit(partial(new_total, shapes), out_shardings=everywhere)
-    accumulate = jax.jit(partial(accumulate_gradients, graph, dict(config.flow), config.train.seed), donate_argnums=1)
-    update = jax.jit(
-        partial(apply_update, optimizer, schedule, config.optim.ema_decay, config.train.batch_size),
+
+    # What is compiled: one `accumulate` a bucket and length of text, one `judge` a bucket, one `change`.
+    options, seed = dict(config.flow), config.train.seed
+    zeros = jax.jit(partial(update.new_total, shapes), out_shardings=everywhere)
+    accumulate = jax.jit(partial(update.accumulate_gradients, graph, options, seed), donate_argnums=1)
+    change = jax.jit(
+        partial(update.apply_update, optimizer, schedule, config.optim.ema_decay, config.train.batch_size),
         donate_argnums=0,
     )
-
-    judge = jax.jit(partial(held_out_losses, graph, dict(config.flow), config.train.seed))
+    judge = jax.jit(partial(heldout.losses, graph, options))
 
     batches = data.training_batches(
-        dataset, seed=config.train.seed, micro_batch=config.train.micro_batch, flip=config.flow.flip
-    )
+        dataset, seed=seed, micro_batch=config.train.micro_batch, flip=config.flow.flip
+    )  # fmt: skip
     saver = checkpoint.Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
-    state, step = initial(), 0
-    restored = saver.restore(*_split_ema(state))
-    if restored is not None:
-        step, rest, ema, position = restored
-        state = rest | {"ema": ema}
+    step, state, position = begin(config, workdir, settings, optimizer, saver, shapes, everywhere)
+    if position is not None:
         batches.set_state(position)
-        logging.info("Going on at step %d of %d in %s.", step, config.train.total_steps, workdir)
     folder.check_space(workdir, 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-    log = metrics.Metrics(workdir, step)
-    clock, stop, saved_at = metrics.Clock(), StopOnSignal(), time.monotonic()
+
+    log = metrics.Metrics(workdir, step, wandb=config.metrics.wandb, config=json.loads(config.to_json_best_effort()))
+    rows = metrics.read(workdir)[-JUDGED:]
+    clock = metrics.Clock(
+        start_seconds=log.seconds,
+        peak=estimate.peak_flops(jax.devices()[0].device_kind, settings["dtype"], jax.device_count()),
+    )
+    teller = Teller(config, log, clock, rows, saver)
+    pictures = previews.Previews(workdir, dataset, config, graph) if config.sample.previews else None
+    budget, stop, saved_at = Budget(config.train.eval_budget), StopOnSignal(), time.monotonic()
     micro_batches = config.train.batch_size // config.train.micro_batch
     compiled: set[Any] = set()
     pending, position = None, batches.get_state()
-    try:
-        while step < config.train.total_steps and not stop.requested:
-            total = zeros()
-            for micro_batch in range(micro_batches):
-                began = time.monotonic()
-                batch = next(batches)
-                clock.waited(time.monotonic() - began)
-                kind = (batch.pop("bucket"), batch["text"].shape[1])
-                batch.pop("rows")
-                arrays = jax.device_put(batch, divided)
-                where = jax.device_put(np.array([step, micro_batch * config.train.micro_batch], np.int32), everywhere)
-                total = accumulate(state["params"], total, arrays, where)
-                if kind not in compiled:  # the first call of each shape compiles: not a rate to report
-                    jax.block_until_ready(total)
-                    compiled.add(kind)
-                    clock.skip(time.monotonic() - began)
-                if stop.requested:
-                    break
-            if stop.requested:
-                break  # the update in hand is dropped: a resumed run makes it again, bit for bit
-            state, row = update(state, total)
-            step, position = step + 1, batches.get_state()
-            if update not in compiled:
-                jax.block_until_ready(state)
-                compiled.add(update)
-                clock = metrics.Clock()
-            clock.trained(config.train.batch_size)
-            if pending is not None:  # one step late, so that the device never waits for this line
-                report(pending, log, clock, config, saver)
-            pending = {"step": step, **row}
-            if config.train.eval_every and step % config.train.eval_every == 0:
-                began = time.monotonic()
-                pending["held_out_loss"] = evaluate(judge, state["ema"], dataset, config.train, everywhere, divided)
-                clock.skip(time.monotonic() - began)
-            due = step % config.checkpoint.every == 0 or step == config.train.total_steps
-            if due or time.monotonic() - saved_at > 60 * config.checkpoint.minutes:
-                report(pending, log, clock, config, saver)
-                pending = None
-                began = time.monotonic()
-                saver.wait()
-                saver.save(step, *_split_ema(state), position)
-                saved_at = time.monotonic()
-                clock.skip(saved_at - began)
+
+    def save():
+        """Everything that going on needs, in the background; the page is written anew."""
+        nonlocal pending
+        began = time.monotonic()
         if pending is not None:
-            report(pending, log, clock, config, saver)
-        if step not in saver.steps() and step > 0:
-            saver.wait()
-            saver.save(step, *_split_ema(state), position)
+            teller.tell(pending)
+            pending = None
+        log.sync()
+        with jax.transfer_guard("allow"):  # the copy to the host is what saving is
+            saver.save(step, *_split_ema(state), {"position": position, "step": step, "seconds": clock.seconds})
+        report.write(workdir)
+        clock.skip(time.monotonic() - began)
+
+    try:
+        with jax.transfer_guard("disallow"):  # an implicit copy between host and device is an error, not a slow run
+            while step < config.train.total_steps and not stop.requested:
+                total = zeros()
+                flops = 0.0
+                for micro_batch in range(micro_batches):
+                    began = time.monotonic()
+                    batch = next(batches)
+                    clock.waited(time.monotonic() - began)
+                    bucket, tokens = batch.pop("bucket"), batch["text"].shape[1]
+                    batch.pop("rows")
+                    flops += config.train.micro_batch * estimate.training_flops(
+                        settings, batch["latent"].shape[1:], tokens
+                    )
+                    where = jax.device_put(
+                        np.array([step, micro_batch * config.train.micro_batch], np.int32), everywhere
+                    )
+                    total = accumulate(state["params"], total, jax.device_put(batch, divided), where)
+                    if (bucket, tokens) not in compiled:  # the first call of each shape compiles: not a rate to report
+                        jax.block_until_ready(total)
+                        compiled.add((bucket, tokens))
+                        clock.skip(time.monotonic() - began)
+                    if stop.requested:
+                        break
+                if stop.requested:
+                    break  # the update in hand is dropped: a resumed run makes it again, bit for bit
+                began = time.monotonic()
+                state, row = change(state, total)
+                step, position = step + 1, batches.get_state()
+                if change not in compiled:
+                    jax.block_until_ready(state)
+                    compiled.add(change)
+                    clock.skip(time.monotonic() - began)
+                clock.trained(config.train.batch_size, flops)
+                if pending is not None:  # one step late, so that the device never waits for this line
+                    teller.tell(pending)
+                pending = {"step": step, **row}
+
+                last = step == config.train.total_steps
+                if config.train.eval_every and (step % config.train.eval_every == 0 or last) and budget.allows(last):
+                    began = time.monotonic()
+                    found = heldout.evaluate(
+                        judge,
+                        {"ema": state["ema"], "raw": state["params"]},
+                        dataset,
+                        batch_size=config.train.micro_batch,
+                        images=config.train.eval_images,
+                        place=lambda value: jax.device_put(value, divided),
+                        everywhere=lambda value: jax.device_put(value, everywhere),
+                        stopped=lambda: stop.requested,
+                    )
+                    seconds = budget.spent(time.monotonic() - began)
+                    clock.skip(seconds)
+                    if found:
+                        pending |= found | {"eval_seconds": seconds}
+                due = step % config.checkpoint.every == 0 or last
+                retry = saver.failures and time.monotonic() - saved_at > TRY_AGAIN
+                if due or retry or time.monotonic() - saved_at > 60 * config.checkpoint.minutes:
+                    save()
+                    saved_at = time.monotonic()
+                if due and pictures and not stop.requested and budget.allows(last):
+                    began = time.monotonic()
+                    with jax.transfer_guard("allow"):
+                        pictures.draw(step, state["ema"])
+                    clock.skip(budget.spent(time.monotonic() - began))
+                if pictures:
+                    for drawn_at, drawn in pictures.finished():
+                        log.pictures(drawn_at, drawn)
+    except DatasetError:
+        save()  # the data are damaged, not the run
         saver.wait()
+        raise
+    else:
+        if step > 0 and step not in saver.steps():
+            save()
+        if step > 0:
+            saver.landed(step)
+        if pictures:
+            pictures.close(0.0 if stop.requested else previews.PATIENCE)
+            for drawn_at, drawn in pictures.finished():
+                log.pictures(drawn_at, drawn)
     finally:
         stop.close()
         log.close()
         batches.close()
         saver.close()
+    report.write(workdir)
     return "stopped" if step < config.train.total_steps else "done"
 
 
-def announce(config: Any, dataset: data.Dataset, shapes: Any, warmup: int) -> None:
-    counts = {name: len(rows) for name, rows in dataset.train.items()}
-    logging.info(
-        "%s parameters, %s on %d x %s.",
-        f"{model.count_parameters(shapes):,}",
-        mesh.compute_dtype(config.model.dtype),
-        jax.device_count(),
-        jax.devices()[0].device_kind,
+def begin(config, workdir, settings, optimizer, saver, shapes, everywhere):
+    """(step, state, position of the data or None): from the newest checkpoint, from where the run comes from, or new."""
+    initial = jax.jit(partial(update.new_state, settings, optimizer, config.train.seed), out_shardings=everywhere)
+    wanted = jax.tree.map(  # shapes alone: two states at once would not fit
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(initial)
     )
-    logging.info("%d images to train on in %d buckets: %s.", sum(counts.values()), len(counts), counts)
-    logging.info(
-        "%d steps of %d images (%d at a time), warm-up over %d; the decay of the averaged weights rises to %.5f at the end.",
-        config.train.total_steps, config.train.batch_size, config.train.micro_batch, warmup,
-        min(config.optim.ema_decay, (1 + config.train.total_steps) / (10 + config.train.total_steps)),
-    )  # fmt: skip
-
-
-def new_state(settings, optimizer, seed):
-    """params, ema (a copy: an alias could not be donated), opt_state, and the counts of updates."""
-    params = model.initial_parameters(settings, seed)
-    zero = jnp.zeros((), jnp.int32)
-    return {
-        "params": params,
-        "ema": jax.tree.map(jnp.copy, params),
-        "opt_state": optimizer.init(params),
-        "updates": zero,
-        "voided": zero,
-        "voided_in_row": zero,
-    }
-
-
-def new_total(shapes):
-    """Accumulators of one update, float32: a bfloat16 sum would lose the small gradients."""
-    gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
-    return {"gradients": gradients, "loss": jnp.zeros((), jnp.float32)}
-
-
-def accumulate_gradients(graph, options, seed, params, total, batch, where):
-    """Add one micro-batch's sums of losses and gradients to `total`; where is [step, first sample of the update]."""
-    flow_options = {name: options[name] for name in ("mean", "std", "shift", "drop_both", "drop_text", "drop_vision")}
-    keys = flow.sample_keys(seed, where[0], where[1], batch["latent"].shape[0])
-
-    def summed_loss(params):
-        return flow.losses(nnx.merge(graph, params), batch, keys, **flow_options).sum()
-
-    loss, gradients = jax.value_and_grad(summed_loss)(params)
-    return {"gradients": jax.tree.map(jnp.add, total["gradients"], gradients), "loss": total["loss"] + loss}
-
-
-def apply_update(optimizer, schedule, maximum_decay, batch_size, state, total):
-    """One update from the mean over all samples; where anything is not finite, nothing moves but the counts of voided."""
-    gradients = jax.tree.map(lambda leaf: leaf / batch_size, total["gradients"])
-    loss, norm = total["loss"] / batch_size, optax.global_norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    changes, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
-    params = optax.apply_updates(state["params"], changes)
-    updates = state["updates"] + 1
-    moved = {
-        "params": params,
-        "ema": optim.update_ema(state["ema"], params, optim.ema_decay(updates, maximum_decay)),
-        "opt_state": opt_state,
-        "updates": updates,
-    }
-    kept = {name: state[name] for name in moved}
-    voided = (~finite).astype(jnp.int32)
-    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept) | {
-        "voided": state["voided"] + voided,
-        "voided_in_row": (state["voided_in_row"] + 1) * voided,
-    }
-    row = {
-        "loss": loss,
-        "grad_norm": norm,
-        "learning_rate": schedule(state["updates"]),
-        "updates": new["updates"],
-        "voided": new["voided"],
-        "voided_in_row": new["voided_in_row"],
-    }
-    return new, row
-
-
-def held_out_losses(graph, options, seed, params, batch, first):
-    """[batch] losses with every condition present; the draws depend on the number of the image alone, never on the step."""
-    keys = flow.sample_keys(seed, HELD_OUT, first, batch["latent"].shape[0])
-    drawn = {name: options[name] for name in ("mean", "std", "shift")}
-    return flow.losses(nnx.merge(graph, params), batch, keys, **drawn, drop_both=0.0, drop_text=0.0, drop_vision=0.0)
-
-
-def evaluate(judge, ema, dataset, options, everywhere, divided) -> float | None:
-    """Mean loss of the averaged weights over the held-out images; None where there are none."""
-    losses = []
-    for batch, first, count in dataset.held_out_batches(options.micro_batch, options.eval_budget):
-        number = jax.device_put(np.int32(first), everywhere)
-        losses.append(np.asarray(jax.device_get(judge(ema, jax.device_put(batch, divided), number)))[:count])
-    return float(np.concatenate(losses).astype(np.float64).mean()) if losses else None
-
-
-def report(row, log, clock, config, saver) -> None:
-    """Write a finished step where it is due, and stop a run whose updates are all voided or whose saves fail."""
-    saver.check()
-    step = row["step"]
-    voided_in_row = int(jax.device_get(row["voided_in_row"]))
-    last = step in (1, config.train.total_steps)
-    due = step % config.train.log_every == 0 or last or voided_in_row > 0 or "held_out_loss" in row
-    if due or clock.silent_for() > SAY_EVERY:  # at 1024 twenty updates take twenty minutes: too long without a word
-        values = {name: np.asarray(value).item() for name, value in jax.device_get(row).items()}
-        for name in ("loss", "grad_norm"):  # JSON has no NaN
-            values[name] = values[name] if np.isfinite(values[name]) else None
-        values["samples_seen"] = step * config.train.batch_size
-        values |= clock.look()
-        if due:
-            log.write(values)
-        clock.said()
-        if voided_in_row:
-            logging.warning("Step %d was voided: its loss or gradient is not finite; nothing moved.", step)
-        else:
-            logging.info(metrics.progress_line(values, config.train.total_steps, config.train.batch_size))
-    if voided_in_row >= VOIDED_LIMIT:
-        saved = saver.steps()
-        raise TrainingStopped(
-            f"{voided_in_row} updates in a row up to step {step} were not finite. The last good checkpoint is "
-            f"{f'step {saved[-1]}' if saved else 'none'} in {saver.folder}; lower optim.peak_learning_rate and go on."
+    restored = saver.restore(*_split_ema(wanted))
+    if restored is not None:
+        step, rest, ema, kept = restored
+        logging.info("Going on at step %d of %d in %s.", step, config.train.total_steps, workdir)
+        return step, rest | {"ema": ema}, kept["position"]
+    source = origin.read(workdir)
+    if "restore" in source:
+        other, step = Path(source["restore"]["workdir"]), source["restore"]["step"]
+        rest, ema, kept = checkpoint.read_step(other / "checkpoints" / str(step), *_split_ema(wanted))
+        shutil.copyfile(other / "metrics.jsonl", workdir / "metrics.jsonl")
+        return step, rest | {"ema": ema}, kept["position"]
+    if "init_from" in source:
+        named = source["init_from"]
+        _, params = checkpoint.restore_weights(
+            named["workdir"], shapes, step=named["step"], raw=named["weights"] == "raw"
         )
+        fresh = jax.jit(partial(update.state_of, optimizer), out_shardings=everywhere, donate_argnums=0)
+        return 0, fresh(jax.device_put(params, everywhere)), None
+    return 0, initial(), None
+
+
+class Teller:
+    """Writes a finished step where it is due, says when the run's health changes, and ends a run that cannot go on."""
+
+    def __init__(self, config, log, clock, rows, saver):
+        self.config, self.log, self.clock, self.rows, self.saver = config, log, clock, rows, saver
+        self.verdict = rows[-1].get("health") if rows else None
+        self.estimated = False
+
+    def tell(self, row: dict[str, Any]) -> None:
+        """One row of `update.apply_update`, with its "step" and what an evaluation found."""
+        self.saver.check()
+        options, step = self.config.train, row["step"]
+        voided_in_row = int(jax.device_get(row["voided_in_row"]))
+        due = (
+            step % options.log_every == 0 or step in (1, options.total_steps) or voided_in_row or "eval_seconds" in row
+        )
+        if due or self.clock.silent_for() > SAY_EVERY:  # at 1024 twenty updates take twenty minutes: too long a silence
+            values = _numbers(jax.device_get(row))
+            values["samples_seen"] = step * options.batch_size
+            values |= self.clock.look()
+            if "eval/held_out/ema/text_vision" in values:
+                values["held_out_loss"] = values["eval/held_out/ema/text_vision"]
+            if due:
+                self._judge(values)
+                self.log.write(values)
+            self.clock.said()
+            if voided_in_row:
+                logging.warning("Step %d was voided: its loss or gradient is not finite; nothing moved.", step)
+            else:
+                logging.info(metrics.progress_line(values, options.total_steps, options.batch_size))
+            if values["images_per_second"] and not self.estimated:
+                self.estimated = True
+                logging.info(startup.remaining(self.config, step, values["images_per_second"]))
+        if voided_in_row >= VOIDED_LIMIT:
+            saved = self.saver.steps()
+            raise TrainingStopped(
+                f"{voided_in_row} updates in a row up to step {step} were not finite. The last good checkpoint is "
+                f"{f'step {saved[-1]}' if saved else 'none'} in {self.saver.folder}; lower optim.peak_learning_rate and go on."
+            )
+
+    def _judge(self, values: dict[str, Any]) -> None:
+        self.rows = [*self.rows[-JUDGED:], values]
+        verdict = health.judge(self.rows, saved=self.saver.steps(), **self.config.health)
+        values["health"] = verdict.name
+        if verdict.name != self.verdict:
+            say = logging.warning if verdict.level == "act" else logging.info
+            say("Health: %s", verdict.words)
+            self.verdict = verdict.name
+
+
+class Budget:
+    """Evaluation and previews together take at most a share of the time; the first minute is free, the last step's too."""
+
+    def __init__(self, share: float):
+        self.share, self.total, self.latest, self.began, self.told = share, 0.0, 0.0, time.monotonic(), False
+
+    def allows(self, last: bool) -> bool:
+        limit = max(FREE_SECONDS, self.share * (time.monotonic() - self.began))
+        allowed = last or self.total + self.latest <= limit
+        if not allowed and not self.told:
+            self.told = True
+            logging.info(
+                "Evaluation and previews have taken %.0f s, over train.eval_budget=%g of the time: they are made less "
+                "often than asked.", self.total, self.share,
+            )  # fmt: skip
+        return allowed
+
+    def spent(self, seconds: float) -> float:
+        self.total, self.latest = self.total + seconds, seconds
+        return seconds
 
 
 class StopOnSignal:
@@ -310,6 +356,16 @@ class StopOnSignal:
     def close(self):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _numbers(row):
+    """Python numbers by name, an array's as NAME/0, NAME/1, ...; None where not finite, as JSON has no NaN."""
+    values = {}
+    for name, value in row.items():
+        parts = np.asarray(value)
+        named = [(name, parts)] if parts.ndim == 0 else [(f"{name}/{k}", part) for k, part in enumerate(parts)]
+        values |= {key: part.item() if np.isfinite(part) else None for key, part in named}
+    return values
 
 
 def _split_ema(state):

@@ -24,7 +24,7 @@ from absl import flags
 
 from encode import commandline
 from encode.records import InputError, write_json
-from jaxdit import data, report, trained
+from jaxdit import data, origin, report, trained
 
 THRESHOLDS = {"memory": 0.95, "memory_text_only": 0.80, "vision_light": 0.80, "vision_composition": 0.80, "text": 0.80}
 IMAGES, BATCH, SIDE, STEPS = 100, 20, 32, 12
@@ -220,6 +220,8 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
         "raw": raw_checks,
         "sampling": {"steps": STEPS, "shift": averaged.config["sample"]["shift"], "guidance": [1.0, 1.0]},
         "data": str(dataset.path),
+        "model_code": origin.model_code(),  # a big run asks for the same code and the same encoders
+        "encoders": origin.encoders(dataset.info),
         "seconds": round(time.monotonic() - began, 1),
     }
     (out / "gate.html").write_text(report.page("The gate", section(result, examples, pictures)), encoding="utf-8")

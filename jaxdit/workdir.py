@@ -15,9 +15,12 @@ from encode.records import InputError, write_json
 FIXED = (
     *("model.layers", "model.width", "model.heads", "model.patch", "model.dtype", "flow"),
     *("train.seed", "train.batch_size", "train.micro_batch"),
+    *("train.init_from", "train.init_weights", "train.restore"),
     *("data.holdout_fraction", "data.text_lengths", "data.normalize_vision"),
 )
 
+STARTS = ("gate", "init_from", "init_weights", "restore")  # of train: where a run comes from
+WRITTEN = ("dataset.json", "origin.json", "config_history.jsonl")
 STATISTICS = ("latent_mean", "latent_std", "latent_count")
 
 POSITIVE = {
@@ -27,6 +30,7 @@ POSITIVE = {
     "train": ("total_steps", "batch_size", "micro_batch", "log_every"),
     "checkpoint": ("every", "minutes", "keep"),
     "sample": ("steps", "shift"),
+    "metrics": ("watts",),
 }
 
 
@@ -75,9 +79,19 @@ def check(config: Any, devices: int) -> None:
             f"train.eval_every={c.train.eval_every} needs data.holdout_fraction above 0: there is nothing to evaluate on.",
         ),
         (
-            not c.train.eval_every or c.train.eval_budget > 0,
-            f"train.eval_budget={c.train.eval_budget} must be above 0 with train.eval_every={c.train.eval_every}.",
+            not c.train.eval_every or c.train.eval_images > 0,
+            f"train.eval_images={c.train.eval_images} must be above 0 with train.eval_every={c.train.eval_every}.",
         ),
+        (
+            0 < c.train.eval_budget <= 1,
+            f"train.eval_budget={c.train.eval_budget} is a share of the time: above 0, at most 1 (0.05 is 5%).",
+        ),
+        (c.train.init_weights in ("ema", "raw"), f"train.init_weights={c.train.init_weights}: choose ema or raw."),
+        (
+            not (c.train.init_from and c.train.restore),
+            f"train.init_from={c.train.init_from} and train.restore={c.train.restore}: a run starts from one of them.",
+        ),
+        (c.sample.previews >= 0, f"sample.previews={c.sample.previews} must not be below 0."),
         (0 <= c.optim.ema_decay < 1, f"optim.ema_decay={c.optim.ema_decay} must lie in [0, 1)."),
         (c.optim.end_learning_rate >= 0, f"optim.end_learning_rate={c.optim.end_learning_rate} must not be below 0."),
     ]  # fmt: skip
@@ -86,11 +100,26 @@ def check(config: Any, devices: int) -> None:
             raise InputError(message)
 
 
-def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any]) -> dict[str, Any]:
+def is_new(workdir: Path) -> bool:
+    """Whether nothing has been trained in the folder yet."""
+    trained = (workdir / "checkpoints").exists() or any(workdir.glob("metrics.jsonl"))
+    return not (workdir / "config.json").exists() or not trained
+
+
+def claim(
+    workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any], start: dict[str, Any] | None
+) -> dict[str, Any]:
     """Take a new working folder, or make sure that an old one was begun with this configuration and data.
 
-    Writes config.json and dataset.json (copies, so that the folder can be sampled alone); changes of the fields that may
-    change go to config_history.jsonl.
+    Writes config.json, dataset.json (copies, so that the folder can be sampled alone) and origin.json; changes of the
+    fields that may change go to config_history.jsonl.
+
+    Args:
+      workdir: the folder, locked.
+      config: the run's.
+      data_path: OUT/RES.
+      dataset: its dataset.json.
+      start: of `origin.look`, for a new folder.
 
     Returns:
       the data set as this folder sees it: grown, but with the statistics that its checkpoints were trained with.
@@ -103,40 +132,59 @@ def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any]) 
     now = json.loads(config.to_json_best_effort())
     now["data"]["path"] = os.path.abspath(config.data.path)
     path = workdir / "config.json"
-    trained = (workdir / "checkpoints").exists() or any(workdir.glob("metrics.jsonl"))
-    if not path.exists() or not trained:
-        # dataset.json alone is what a kill between the two files of a new folder leaves.
-        strangers = [child.name for child in workdir.iterdir() if child.name[0] != "." and child.name != "dataset.json"]
+    if is_new(workdir):
+        # What a kill between the files of a new folder leaves.
+        strangers = [child.name for child in workdir.iterdir() if child.name[0] != "." and child.name not in WRITTEN]
         if strangers and not path.exists():
             raise InputError(
                 f"{workdir} holds {', '.join(sorted(strangers)[:3])} but no config.json, so it is not a working folder; "
                 "name a new or empty one."
             )
+        if start and "restore" in start:  # a new folder, but the run that another one began
+            other = Path(start["restore"]["workdir"])
+            before = json.loads((other / "config.json").read_text())
+            for name in STARTS:
+                before["train"][name] = now["train"][name]
+            differences = changed_fields(before, now)
+            _refuse_fixed(other, differences)
+            _record(workdir, differences)
+            copy = json.loads((other / "dataset.json").read_text())
+            dataset = _same_data(other, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
         write_json(workdir / "dataset.json", dataset)
+        write_json(workdir / "origin.json", start or {})
         write_json(path, now)
         return dataset
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); restore it, or name a new --workdir.") from error
+    now["train"]["gate"] = before["train"]["gate"]  # looked at when the folder was begun, and never again
     differences = changed_fields(before, now)
+    _refuse_fixed(workdir, differences)
+    copy = json.loads((workdir / "dataset.json").read_text())
+    dataset = _same_data(workdir, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
+    if differences:
+        _record(workdir, differences)
+        write_json(path, now)
+    if dataset != copy:
+        write_json(workdir / "dataset.json", dataset)
+    return dataset
+
+
+def _record(workdir: Path, differences: list[tuple[str, Any, Any]]) -> None:
+    with open(workdir / "config_history.jsonl", "a") as file:
+        for name, old, new in differences:
+            file.write(json.dumps({"time": time.time(), "field": name, "from": old, "to": new}) + "\n")
+            logging.info("Changed since the last start: %s from %s to %s.", name, old, new)
+
+
+def _refuse_fixed(workdir: Path, differences: list[tuple[str, Any, Any]]) -> None:
     for name, old, new in differences:
         if any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED):
             raise InputError(
                 f"{workdir} was begun with {name}={old}, now it is {new}; it is fixed for the life of a working folder: "
                 "take the old value, or a new --workdir."
             )
-    copy = json.loads((workdir / "dataset.json").read_text())
-    dataset = _same_data(workdir, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
-    if differences:
-        with open(workdir / "config_history.jsonl", "a") as file:
-            for name, old, new in differences:
-                file.write(json.dumps({"time": time.time(), "field": name, "from": old, "to": new}) + "\n")
-                logging.info("Changed since the last start: %s from %s to %s.", name, old, new)
-        write_json(path, now)
-    if dataset != copy:
-        write_json(workdir / "dataset.json", dataset)
-    return dataset
 
 
 def _same_data(workdir: Path, copy: dict, data_path: Path, dataset: dict, accept_growth: bool) -> dict:

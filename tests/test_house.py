@@ -9,14 +9,17 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("encode", "jaxdit", "configs") for path in (ROOT / folder).glob("*.py"))
 # Every file of jaxdit stands on a floor and imports only from floors below; rooms of one floor do not import each other.
 FLOORS = [
-    {"main", "sample", "validate"},
+    {"main", "sample", "validate", "plan"},
     {"train"},
-    {"trained"},
-    {"model", "flow", "sampler", "optim", "data", "checkpoint", "mesh", "workdir", "report"},
-    {"metrics"},
+    {"previews"},
+    {"preview_set"},
+    {"trained", "update", "heldout", "origin", "startup"},
+    {"model", "flow", "sampler", "optim", "data", "checkpoint", "mesh", "workdir", "report", "estimate"},
+    {"metrics", "health", "charts"},
+    {"boards", "decode_previews"},
 ]
 SHARED = {"encode.records", "encode.commandline"}  # what both halves import
-EDGE = {"sample", "validate"}  # what may import more of encode, inside a function
+EDGE = {"sample", "validate", "decode_previews"}  # what may import more of encode, inside a function
 
 
 def imports(path):

@@ -69,11 +69,11 @@ def test_masked_error_is_the_error_of_the_picture_alone(seed):
     mask = np.zeros((3, 4, 6), np.uint8)
     for row, width in zip(mask, rng.integers(1, 7, 3)):
         row[:, :width] = 1
-    got = flow.squared_error(predicted, target, mask)
+    got = flow.mean_square(predicted - target, mask)
     want = [np.mean((p[m == 1] - q[m == 1]) ** 2) for p, q, m in zip(predicted, target, mask)]
     np.testing.assert_allclose(got, want, rtol=1e-5)
     np.testing.assert_allclose(
-        flow.squared_error(predicted, target), np.mean((predicted - target) ** 2, (1, 2, 3)), rtol=1e-5
+        flow.mean_square(predicted - target), np.mean((predicted - target) ** 2, (1, 2, 3)), rtol=1e-5
     )
 
 
@@ -88,10 +88,19 @@ def test_the_loss_sees_the_path_the_time_and_the_dropout_of_its_draws():
         return (x_t - conditions["latent"]) / t[:, None, None, None]
 
     options = {"mean": 0.0, "std": 1.0, "shift": 1.0, "drop_both": 0.5, "drop_text": 0.0, "drop_vision": 0.0}
-    losses = flow.losses(oracle, batch, keys(64), **options)
-    np.testing.assert_allclose(losses, 0, atol=1e-6)
+    found = flow.losses(oracle, batch, keys(64), **options)
+    np.testing.assert_allclose(found["loss"], 0, atol=1e-6)
+    np.testing.assert_array_equal(found["t"], seen["t"])
+    np.testing.assert_allclose(found["velocity"], found["target"], rtol=1e-4)  # it predicts the true velocity
     assert 10 < seen["drop_text"].sum() < 54
     assert (seen["drop_text"] == seen["drop_vision"]).all()
     assert abs(np.corrcoef(seen["t"], seen["drop_text"])[0, 1]) < 0.4  # separate draws
     zero = flow.losses(lambda x_t, *_: jnp.zeros_like(x_t), batch, keys(64), **options)
-    assert 1.5 < zero.mean() < 2.5  # E|noise - x0|^2 = 2 a channel
+    assert 1.5 < zero["loss"].mean() < 2.5 and not zero["velocity"].any()  # E|noise - x0|^2 = 2 a channel
+
+
+def test_losses_are_summed_in_tenths_of_t():
+    t = jnp.array([0.0, 0.05, 0.1, 0.55, 0.999, 1.0])
+    sums, counts = flow.sum_by_timestep(jnp.arange(1.0, 7.0), t)
+    np.testing.assert_array_equal(counts, [2, 1, 0, 0, 0, 1, 0, 0, 0, 2])
+    np.testing.assert_array_equal(sums, [3, 3, 0, 0, 0, 4, 0, 0, 0, 11])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdit import flow, model, optim, train
+from jaxdit import flow, model, optim, update
 
 SETTINGS = {
     "layers": 2,
@@ -202,7 +202,7 @@ def test_a_new_model_predicts_zero_and_every_conditioning_path_learns():
     @jax.jit
     def step(params, state, n):
         def loss(params):
-            return flow.losses(nnx.merge(graph, params), batch, flow.sample_keys(0, n, 0, 8), **options).mean()
+            return flow.losses(nnx.merge(graph, params), batch, flow.sample_keys(0, n, 0, 8), **options)["loss"].mean()
 
         gradients = jax.grad(loss)(params)
         changes, state = optimizer.update(gradients, state, params)
@@ -269,8 +269,8 @@ def test_accumulated_gradients_equal_those_of_one_batch():
     x, _, conditions, _, _ = inputs(batch=16)
     batch = conditions | {"latent": x}
     options = {"mean": 0.0, "std": 1.0, "shift": 1.0, "drop_both": 0.1, "drop_text": 0.1, "drop_vision": 0.1}
-    zeros = train.new_total(params)
-    accumulate = jax.jit(partial(train.accumulate_gradients, graph, options, 0))
+    zeros = update.new_total(params)
+    accumulate = jax.jit(partial(update.accumulate_gradients, graph, options, 0))
 
     def cut(first, count):
         return {name: value[first : first + count] for name, value in batch.items()}

@@ -1,0 +1,133 @@
+"""The one screen that a run begins with: what will be trained on what, will it fit, and what is odd about it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdit import estimate, metrics, model, optim
+
+ENOUGH_SAMPLES = 100_000_000  # models trained at home that draw well have seen 100 to 200 million; a million is mud
+SHOWN = 8  # buckets named one by one
+
+
+def announce(config: Any, dataset: Any, settings: Mapping[str, Any], shapes: Any, origin: Mapping[str, Any]) -> None:
+    """Say what is about to happen, in the log."""
+    for line in describe(config, dataset, settings, shapes, origin, device_memory()):
+        logging.info(line)
+    for line in warnings(config, dataset, settings, shapes, origin, device_memory()):
+        logging.warning(line)
+
+
+def describe(config, dataset, settings, shapes, origin, memory: int) -> list[str]:
+    """The lines of the screen; memory is the device's, in bytes."""
+    train, updates = config.train, config.train.total_steps
+    counts = {name: len(rows) for name, rows in dataset.train.items() if len(rows)}
+    images, held_out = sum(counts.values()), sum(map(len, dataset.held_out.values()))
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{name} {count:,}" for name, count in ordered[:SHOWN])
+    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+    small = [name for name, count in counts.items() if count < train.micro_batch]
+    samples = updates * train.batch_size
+    decay = min(config.optim.ema_decay, (1 + updates) / (10 + updates))
+    lines = [f"{section:<10} {_fields(config[section])}" for section in config if len(config[section])]
+    lines += [
+        f"Model      {model.count_parameters(shapes):,} parameters: {settings['layers']} layers of {settings['width']}, "
+        f"{settings['heads']} heads, patch {settings['patch']}; {settings['dtype']} on {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}, attention {settings['attention']}, remat {settings['remat']}.",
+        f"Data       {images:,} images to train on in {len(counts)} buckets ({named}{more}); {held_out:,} held out; text "
+        f"padded to {', '.join(map(str, dataset.text_lengths))} tokens. {dataset.path}",
+        f"An epoch   {images:,} samples, {images / train.batch_size:,.1f} steps; each image is seen "
+        f"{samples / images:,.1f} times, mirrored in {config.flow.flip:.0%} of them where its caption allows."
+        + (f" Buckets smaller than a micro-batch repeat within one: {', '.join(small)}." if small else ""),
+        f"Run        {updates:,} steps of {train.batch_size} images ({train.batch_size // train.micro_batch} micro-batches "
+        f"of {train.micro_batch}), {samples:,} samples; learning rate {config.optim.peak_learning_rate:g} after "
+        f"{optim.warmup_updates(config.optim.warmup_steps, updates)} steps of warm-up, to {config.optim.end_learning_rate:g}; "
+        f"seed {train.seed}.",
+        f"Average    the decay of the averaged weights (EMA) rises to {decay:.5f} at the end: they average over about the last "
+        f"{1 / (1 - decay):,.0f} updates.",
+        f"Saved      every {config.checkpoint.minutes:g} minutes and {config.checkpoint.every:,} steps; "
+        + (
+            f"judged on {min(held_out, train.eval_images):,} held-out images every {train.eval_every:,} steps."
+            if train.eval_every
+            else "no held-out evaluation."
+        ),
+        memory_line(config, dataset, settings, shapes, memory),
+    ]
+    for name, words in (("init_from", "Weights"), ("restore", "Goes back")):
+        if name in origin:
+            kind = f", {origin[name]['weights']} weights" if name == "init_from" else ""
+            lines.append(f"{words:<10} from step {origin[name]['step']:,} of {origin[name]['workdir']}{kind}.")
+    if "gate" in origin:
+        lines.append(f"Gate       {origin['gate']['verdict']}.")
+    return lines
+
+
+def _fields(section: Any) -> str:
+    return ", ".join(f"{name} {value if value not in ('', (), None) else '-'}" for name, value in section.items())
+
+
+def warnings(config, dataset, settings, shapes, origin, memory: int) -> list[str]:
+    """What is possible but odd, each with its arithmetic."""
+    found = []
+    total = largest(config, dataset, settings, shapes)
+    if total > memory:
+        found.append(
+            f"Memory: by the estimate {total / 1e9:.1f} GB are needed and the device has {memory / 1e9:.1f} GB. Take "
+            "--config.model.remat=block or a smaller train.micro_batch; python -m jaxdit.plan names the largest."
+        )
+    samples = config.train.total_steps * config.train.batch_size
+    if dataset.info["resolution"] >= 1024 and not origin.keys() & {"init_from", "restore"} and samples < ENOUGH_SAMPLES:
+        images = sum(map(len, dataset.train.values()))
+        found.append(
+            f"{dataset.info['resolution']} from the first step: {config.train.total_steps:,} steps x "
+            f"{config.train.batch_size} = {samples / 1e6:.1f} million samples, {samples / images:,.0f} passes over {images:,} "
+            f"images; models trained from nothing that draw well have seen {ENOUGH_SAMPLES / 1e6:.0f} million and more. At 256 "
+            "a sample costs about a twentieth: begin with full.py:256, then :512 and :1024 with train.init_from."
+        )
+    return found
+
+
+def remaining(config: Any, step: int, rate: float) -> str:
+    """The time that is left, now that it has been measured; rate in images a second."""
+    seconds = (config.train.total_steps - step) * config.train.batch_size / rate
+    end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + seconds))
+    energy = seconds / 3600 * config.metrics.watts / 1000
+    return (
+        f"Measured: {rate:.1f} images/s. The run ends in {metrics.duration(seconds)} ({end}), after about {energy:,.1f} kWh at "
+        f"metrics.watts={config.metrics.watts:g}."
+    )
+
+
+def memory_line(config, dataset, settings, shapes, memory: int) -> str:
+    parts = worst(config, dataset, settings, shapes)
+    words = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    return f"Memory     {sum(parts.values()) / 1e9:.2f} GB of {memory / 1e9:.1f} by estimate ({words} GB)."
+
+
+def largest(config, dataset, settings, shapes) -> int:
+    return sum(worst(config, dataset, settings, shapes).values())
+
+
+def worst(config, dataset, settings, shapes) -> dict[str, int]:
+    """The estimate of `estimate.memory` for the bucket that needs most, on one device."""
+    tokens = max(dataset.text_lengths)
+    shape = max((info["latent"] for info in dataset.info["buckets"].values()), key=lambda latent: np.prod(latent))
+    micro_batch = config.train.micro_batch // jax.device_count()
+    return estimate.memory(
+        settings, model.count_parameters(shapes), micro_batch, shape, tokens, remat=settings["remat"]
+    )
+
+
+def device_memory() -> int:
+    """Bytes that this process may use on one device: the card's pool, or the machine's memory."""
+    statistics = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,137 @@
+"""One optimizer update as pure functions: gradients summed over micro-batches, then AdamW and the average (EMA).
+
+Micro-batches of one update may come from different buckets; sums over samples, divided once at the end, make the gradient
+the exact mean over all of them. An update that is not finite moves nothing but the counts of voided ones.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxdit import flow, model, optim
+
+# The parts through which a condition acts, by the path of their parameters: what health watches.
+CONDITIONING = {
+    "time": (("time_in",), ("time_out",)),
+    "vision": (("vision_in",), ("vision_out",)),
+    "text": (("text_in",), ("text_norm",)),
+    "null_vision": (("null_vision",),),
+    "null_text": (("null_text",),),
+    "modulation": (("blocks", "modulation"), ("final_modulation",)),
+    "cross_attention": (("blocks", "cross_attention"),),
+}
+SUMS = ("loss", "velocity", "target")
+
+
+def new_state(settings, optimizer, seed):
+    """The state of a run before its first update; see `state_of`."""
+    return state_of(optimizer, model.initial_parameters(settings, seed))
+
+
+def state_of(optimizer, params):
+    """params, ema (a copy: an alias could not be donated), opt_state, and the counts of updates."""
+    zero = jnp.zeros((), jnp.int32)
+    return {
+        "params": params,
+        "ema": jax.tree.map(jnp.copy, params),
+        "opt_state": optimizer.init(params),
+        "updates": zero,
+        "voided": jnp.copy(zero),
+        "voided_in_row": jnp.copy(zero),
+    }
+
+
+def new_total(shapes):
+    """Accumulators of one update, float32: a bfloat16 sum would lose the small gradients."""
+    return {
+        "gradients": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes),
+        "loss_by_t": jnp.zeros(flow.TENTHS, jnp.float32),
+        "count_by_t": jnp.zeros(flow.TENTHS, jnp.float32),
+    } | {name: jnp.zeros((), jnp.float32) for name in SUMS}
+
+
+def accumulate_gradients(graph, options, seed, params, total, batch, where):
+    """Add one micro-batch's sums of losses and gradients to `total`.
+
+    Args:
+      graph: definition of the model.
+      options: of the flow: mean, std, shift, drop_both, drop_text, drop_vision.
+      seed: train.seed.
+      params: the parameters.
+      total: from `new_total`.
+      batch: of `data.training_batches`, arrays alone.
+      where: [2] int32, the step and the position of the micro-batch's first sample within the update.
+    """
+    names = ("mean", "std", "shift", "drop_both", "drop_text", "drop_vision")
+    keys = flow.sample_keys(seed, where[0], where[1], batch["latent"].shape[0])
+
+    def summed_loss(params):
+        found = flow.losses(nnx.merge(graph, params), batch, keys, **{name: options[name] for name in names})
+        return found["loss"].sum(), found
+
+    (_, found), gradients = jax.value_and_grad(summed_loss, has_aux=True)(params)
+    by_t, counts = flow.sum_by_timestep(found["loss"], found["t"])
+    return {
+        "gradients": jax.tree.map(jnp.add, total["gradients"], gradients),
+        "loss_by_t": total["loss_by_t"] + by_t,
+        "count_by_t": total["count_by_t"] + counts,
+    } | {name: total[name] + found[name].sum() for name in SUMS}
+
+
+def apply_update(optimizer, schedule, maximum_decay, batch_size, state, total):
+    """One update from the mean over all samples; where anything is not finite, nothing moves but the counts of voided.
+
+    Returns:
+      (new state, row): row holds the numbers of metrics.jsonl that the device knows, [] or (loss_t) [10].
+    """
+    gradients = jax.tree.map(lambda leaf: leaf / batch_size, total["gradients"])
+    loss, norm = total["loss"] / batch_size, optax.global_norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    changes, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
+    params = optax.apply_updates(state["params"], changes)
+    updates = state["updates"] + 1
+    moved = {
+        "params": params,
+        "ema": optim.update_ema(state["ema"], params, optim.ema_decay(updates, maximum_decay)),
+        "opt_state": opt_state,
+        "updates": updates,
+    }
+    kept = {name: state[name] for name in moved}
+    voided = (~finite).astype(jnp.int32)
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept) | {
+        "voided": state["voided"] + voided,
+        "voided_in_row": (state["voided_in_row"] + 1) * voided,
+    }
+    row = {name: new[name] for name in ("updates", "voided", "voided_in_row")} | {
+        "loss": loss,
+        "grad_norm": norm,
+        "learning_rate": schedule(state["updates"]),
+        "velocity_rms": jnp.sqrt(total["velocity"] / batch_size),
+        "target_rms": jnp.sqrt(total["target"] / batch_size),
+        "loss_t": total["loss_by_t"] / total["count_by_t"],  # 0 / 0 where no sample fell
+        "ema_distance": _distance(new["ema"], new["params"]),
+    }
+    for name, paths in CONDITIONING.items():
+        row[f"grad/{name}"] = optax.global_norm(_parts(gradients, paths))
+        size = jnp.maximum(optax.global_norm(_parts(state["params"], paths)), 1e-12)
+        row[f"move/{name}"] = jnp.where(finite, optax.global_norm(_parts(changes, paths)) / size, 0.0)
+    return new, row
+
+
+def _distance(ema, params):
+    """|ema - params| / |params|."""
+    return optax.global_norm(jax.tree.map(jnp.subtract, ema, params)) / optax.global_norm(params)
+
+
+def _parts(tree, paths):
+    """The sub-trees of a nested dict at the given paths."""
+    found = []
+    for path in paths:
+        part = tree
+        for name in path:
+            part = part[name]
+        found.append(part)
+    return found

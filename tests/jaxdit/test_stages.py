@@ -1,0 +1,110 @@
+"""Runs that begin with another run: stages, going back, and the gate in front of the big one."""
+
+import json
+import shutil
+
+import jax
+import make_data
+import numpy as np
+import pytest
+from tiny_run import assert_same, curve, run, tiny, weights
+
+from encode.records import InputError
+from jaxdit import checkpoint, metrics, train
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "64"
+    make_data.dataset(root, {"64x64": 9, "48x80": 6})
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(path, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train.train(tiny(path), workdir) == "done"
+    return workdir
+
+
+@pytest.mark.parametrize("kind", ["ema", "raw"])
+def test_a_stage_starts_from_the_weights_of_the_one_before_and_from_nothing_else(
+    undisturbed, tmp_path, monkeypatch, kind
+):
+    make_data.dataset(tmp_path / "128", {"128x128": 5, "96x160": 4}, seed=8)  # other shapes: positions carry over
+    stage = tiny(tmp_path / "128", **{"train.init_from": str(undisturbed), "train.init_weights": kind})
+    started = []
+    begin = train.begin
+
+    def keep(*arguments):
+        found = begin(*arguments)
+        started.append(jax.tree.map(np.array, found[1]))
+        return found
+
+    monkeypatch.setattr(train, "begin", keep)
+    assert train.train(stage, tmp_path / "run") == "done"
+    step, wanted = weights(undisturbed, raw=kind == "raw")
+    state = started[-1]
+    assert_same(state["params"], wanted)
+    assert_same(state["ema"], wanted)  # the average starts as a copy
+    assert step == 20 and int(state["updates"]) == 0
+    assert all(not leaf.any() for leaf in jax.tree.leaves(state["opt_state"]))  # moments and schedule anew
+    rows = metrics.read(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    own, other = (json.loads((folder / "dataset.json").read_text()) for folder in (tmp_path / "run", tmp_path / "128"))
+    assert own["latent_mean"] == other["latent_mean"]
+    record = json.loads((tmp_path / "run" / "origin.json").read_text())
+    assert record["init_from"] == {"workdir": str(undisturbed), "step": 20, "weights": kind}
+
+
+def test_a_stage_killed_before_its_first_checkpoint_begins_with_the_same_weights(path, undisturbed, tmp_path):
+    stage = {"train.init_from": str(undisturbed), "checkpoint.every": 1000, "train.total_steps": 20}
+    assert train.train(tiny(path, **stage), tmp_path / "whole") == "done"
+    assert train.train(tiny(path, **stage), tmp_path / "cut") == "done"
+    shutil.rmtree(tmp_path / "cut" / "checkpoints")  # what a kill before the first save leaves
+    assert train.train(tiny(path, **stage), tmp_path / "cut") == "done"
+    assert curve(tmp_path / "cut", "loss") == curve(tmp_path / "whole", "loss")
+    assert curve(tmp_path / "cut", "loss") != curve(undisturbed, "loss")
+
+
+def test_going_back_in_a_new_folder_is_the_same_run_from_that_step(path, undisturbed, tmp_path):
+    steps = checkpoint.saved_steps(undisturbed, "state")
+    back = tiny(path, **{"train.restore": f"{undisturbed}@{steps[0]}"})
+    assert steps[0] == 18 and train.train(back, tmp_path / "run") == "done"
+    assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
+    for raw in (False, True):
+        assert_same(weights(tmp_path / "run", raw)[1], weights(undisturbed, raw)[1])
+    assert checkpoint.saved_steps(tmp_path / "run") == [20]
+
+
+def test_going_back_may_change_the_learning_rate_but_not_the_model(path, undisturbed, tmp_path):
+    back = {"train.restore": f"{undisturbed}@18"}
+    with pytest.raises(InputError, match=r"begun with train\.seed=0, now it is 1"):
+        train.train(tiny(path, **back, **{"train.seed": 1}), tmp_path / "other")
+    with pytest.raises(InputError, match=r"no such step was saved with its state; it has 18, 20"):
+        train.train(tiny(path, **{"train.restore": f"{undisturbed}@7"}), tmp_path / "none")
+    assert train.train(tiny(path, **back, **{"optim.peak_learning_rate": 1e-3}), tmp_path / "run") == "done"
+    history = (tmp_path / "run" / "config_history.jsonl").read_text()
+    assert json.loads(history)["field"] == "optim.peak_learning_rate"
+    ours, theirs = curve(tmp_path / "run", "learning_rate"), curve(undisturbed, "learning_rate")
+    assert ours[:18] == theirs[:18] and ours[18] != theirs[18]
+
+
+def test_where_a_run_comes_from_is_fixed(path, undisturbed, tmp_path):
+    stage = {"train.init_from": str(undisturbed)}
+    train.train(tiny(path, **stage), tmp_path / "run")
+    with pytest.raises(InputError, match=r"begun with train\.init_from=.*, now it is "):
+        train.train(tiny(path), tmp_path / "run")
+    with pytest.raises(InputError, match=r"a run starts from one of them"):
+        train.train(tiny(path, **stage, **{"train.restore": f"{undisturbed}@18"}), tmp_path / "both")
+
+
+def test_a_gate_is_asked_for_when_a_folder_is_begun_and_never_again(path, tmp_path):
+    asked = run(path, tmp_path / "run", **{"train.gate": "needed"})
+    assert asked.returncode == 2 and "train.gate" in asked.stderr and "Traceback" not in asked.stderr
+    assert not (tmp_path / "run").exists()
+    skipped = run(path, tmp_path / "run", **{"train.gate": "skip"})
+    assert skipped.returncode == 0 and sum("train.gate=skip" in line for line in skipped.stderr.splitlines()) == 1
+    again = run(path, tmp_path / "run", **{"train.gate": "needed", "train.total_steps": 22})
+    assert again.returncode == 0, again.stderr
+    assert not any(field in again.stderr for field in ("train.gate from", "train.gate:"))

@@ -1,0 +1,68 @@
+import make_data
+from tiny_run import tiny
+
+from jaxdit import data, model, startup, trained
+
+
+def screen(tmp_path, resolution="64", memory=24 * 10**9, origin=None, buckets=None, **changes):
+    """(lines, warnings) of a tiny run on a small data set of that name."""
+    root = tmp_path / resolution
+    if not root.exists():
+        make_data.dataset(root, buckets or {"64x64": 9, "48x80": 6, "80x48": 1})
+    config = tiny(root, **changes)
+    dataset = data.Dataset(root, holdout_fraction=config.data.holdout_fraction, text_lengths=config.data.text_lengths)
+    settings = trained.model_settings(config.model, dataset.info["widths"])
+    shapes = model.abstract(settings)[1]
+    arguments = (config, dataset, settings, shapes, origin or {}, memory)
+    return startup.describe(*arguments), startup.warnings(*arguments)
+
+
+def test_one_screen_says_what_will_be_trained_on_what(tmp_path):
+    lines, warnings = screen(tmp_path, **{"data.holdout_fraction": 0.3, "train.eval_every": 5, "train.eval_images": 4})
+    text = "\n".join(lines)
+    assert len(lines) < 24 and not warnings
+    assert "40,562 parameters" in text  # the model's own count
+    assert "peak_learning_rate 0.0025" in text and "total_steps 20" in text  # the resolved configuration
+    dataset = data.Dataset(tmp_path / "64", holdout_fraction=0.3)
+    images, held_out = sum(map(len, dataset.train.values())), sum(map(len, dataset.held_out.values()))
+    assert f"{images:,} images to train on" in text and f"{held_out} held out" in text
+    assert f"each image is seen {80 / images:.1f} times" in text
+    assert "20 steps of 4 images (2 micro-batches of 2), 80 samples" in text
+    assert "rises to 0.70000 at the end: they average over about the last 3 updates" in text  # (1 + 20) / (10 + 20)
+
+
+def test_a_bucket_that_repeats_within_a_micro_batch_is_named(tmp_path):
+    lines, _ = screen(tmp_path)
+    assert any("Buckets smaller than a micro-batch repeat within one: 80x48." in line for line in lines)
+
+
+def test_many_buckets_are_counted_not_listed(tmp_path):
+    buckets = {f"{64 + 16 * k}x64": k + 1 for k in range(12)}
+    lines, _ = screen(tmp_path, buckets=buckets)
+    (line,) = [line for line in lines if line.startswith("Data")]
+    assert "in 12 buckets (240x64 12" in line and "and 4 more" in line and len(line) < 260
+
+
+def test_a_run_at_1024_alone_is_warned_with_the_arithmetic_and_a_stage_is_not(tmp_path):
+    changes = {"train.total_steps": 100_000, "train.batch_size": 256, "train.micro_batch": 4}
+    _, (warning,) = screen(tmp_path, "1024", **changes)
+    assert "100,000 steps x 256 = 25.6 million samples, 1,600,000 passes over 16 images" in warning
+    assert "full.py:256" in warning and "train.init_from" in warning
+    stage = {"init_from": {"workdir": "A", "step": 300_000, "weights": "ema"}, "gate": {"verdict": "pass"}}
+    lines, warnings = screen(tmp_path, "1024", origin=stage, **changes)
+    assert not warnings and "Weights    from step 300,000 of A, ema weights." in lines and "Gate       pass." in lines
+    assert not screen(tmp_path, "256", **changes)[1]
+    assert not screen(tmp_path, "1024", **changes | {"train.total_steps": 400_000})[1]
+
+
+def test_what_does_not_fit_is_said_before_it_fails(tmp_path):
+    lines, (warning,) = screen(tmp_path, memory=10**6)
+    assert "GB are needed and the device has 0.0 GB" in warning and "jaxdit.plan" in warning
+    (line,) = [line for line in lines if line.startswith("Memory")]
+    assert "by estimate" in line and "parameters" in line and "activations" in line
+
+
+def test_the_time_that_is_left_and_its_energy_are_told_once_they_are_measured(tmp_path):
+    config = tiny(tmp_path, **{"train.total_steps": 1000, "train.batch_size": 36, "metrics.watts": 500.0})
+    line = startup.remaining(config, step=0, rate=10.0)  # 3,600 seconds
+    assert "10.0 images/s" in line and "in 1 h 00 min (" in line and "0.5 kWh at metrics.watts=500" in line
