@@ -107,8 +107,9 @@ def images_per_second(hardware: float, peak: float, utilisation: float = UTILISA
 
 
 # How much lives beside what is kept, in parts of one layer, fitted to compiled.memory_analysis() of the trainer's own step on
-# XLA's CPU backend over shapes of 2-12 layers, width 64-512, 64-1,024 tokens, micro-batches of 1-8 (tests/jaxdit/test_estimate.py
-# holds some of them). XLA fuses more for a GPU, which then needs rather less.
+# XLA's CPU backend in float32: 13 shapes of 2-12 layers, width 64-512, 64-1,024 tokens, micro-batches of 1-8, each with and
+# without remat, all within 14% (tests/jaxdit/test_estimate.py holds two of them). bfloat16 is scaled by its size, as XLA's CPU
+# backend computes in float32 there; and XLA fuses more for a GPU, which should need rather less.
 WORKING = {"none": 0.55, "block": 1.0}  # of one layer's activations, while it is differentiated
 LAYER_WEIGHTS = 1.0  # of one layer's weights: its gradients before they are stacked
 UPDATE_COPIES = 2.5  # of the parameters: the clipped gradients, the changes, new moments not yet written back
@@ -214,5 +215,5 @@ def kept_in_layer(
 def _outside(settings, latent_shape, text_length) -> int:
     """Bytes an image outside the blocks: noise, x_t, target, prediction; the text's projection; first and last layer."""
     n, d = tokens(settings, latent_shape), settings["width"]
-    text = text_length * FLOAT32 * (2 * settings["text_width"] + 3 * d)
+    text = text_length * FLOAT32 * (settings["text_width"] + 3 * d)
     return 5 * FLOAT32 * math.prod(latent_shape) + text + 4 * FLOAT32 * n * d

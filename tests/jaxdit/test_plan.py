@@ -1,0 +1,184 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import make_data
+import pytest
+
+from configs import encode_demo, full, nano, quickstart
+from encode.records import InputError
+from jaxdit import data, estimate, measure, model, plan
+
+ROOT = Path(__file__).parents[2]
+FULL = "configs/full.py"
+
+
+def tiny():
+    config = quickstart.get_config()
+    config.model.update({"layers": 1, "width": 32, "heads": 2})
+    config.train.update({"batch_size": 4, "micro_batch": 2})
+    config.data.text_lengths = (16,)
+    return config
+
+
+def rows_of(text, title):
+    """The rows of one table of the screen as lists of words, by their first word."""
+    lines = text.split(title, 1)[1].split("\n\n")[0].splitlines()[2:]
+    return {line.split()[0]: line.split() for line in lines}
+
+
+def test_the_command_of_the_readme_answers_on_one_screen():
+    command = [sys.executable, "-m", "jaxdit.plan", f"--config={FULL}:1024", "--memory_gb=24", "--watts=300"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 160
+    for words in ("560,841,792 parameters", "full.py:256", "full.py:512", "full.py:1024", "1024x1024", "kWh at 300 W"):
+        assert words in ended.stdout
+    assert all("estimate" in line for line in lines if line.startswith(("Buckets", "Memory", "Stages", FULL)))
+
+
+def test_an_impossible_call_ends_with_2_and_one_sentence():
+    command = [sys.executable, "-m", "jaxdit.plan", "--config=configs/nano.py", "--config.data.path=nowhere"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.strip().splitlines()[-1].startswith("Error: nowhere: no such folder")
+
+
+@pytest.mark.parametrize(
+    "changes, options, words",
+    [
+        ({}, {"watts": -1.0}, "--watts=-1"),
+        ({}, {"memory_gb": 0.0}, "--memory_gb=0"),
+        ({}, {"device": "RTX 4090", "real": True}, "--measure"),
+        ({"model.dtype": "float16"}, {}, "float16"),
+        ({"train.micro_batch": 7}, {}, "train.micro_batch=7"),
+        ({"data.path": "s3://bucket/1024"}, {}, "URL"),
+    ],
+)
+def test_contradictions_are_refused(changes, options, words):
+    config = full.get_config("1024")
+    for name, value in changes.items():
+        section, field = name.split(".")
+        config[section][field] = value
+    with pytest.raises(InputError, match=words):
+        plan.plan(config, f"{FULL}:1024", **options)
+
+
+def test_a_configuration_of_encode_is_refused():
+    with pytest.raises(InputError, match="training run"):
+        plan.plan(encode_demo.get_config(), "configs/encode_demo.py")
+
+
+def test_stages_are_those_of_the_file_with_the_model_that_was_given():
+    config = full.get_config("512")
+    config.model.layers = 20
+    stages = plan.read_stages(config, f"{FULL}:512", None)
+    assert [stage.resolution for stage in stages] == [256, 512, 1024]
+    assert {stage.config.model.layers for stage in stages} == {20}
+    assert [stage.config.train.micro_batch for stage in stages] == [
+        full.get_config(arg).train.micro_batch for arg in ("256", "512", "1024")
+    ]
+    for stage in stages:
+        assert sum(bucket.images for bucket in stage.buckets) == 100_000
+    assert [bucket.name for bucket in stages[0].buckets] == ["256x256", "208x304", "304x208"]
+    assert stages[2].buckets[1] == plan.Bucket("832x1216", 33_333, (152, 104, 16), 128)
+    assert [stage.resolution for stage in plan.read_stages(full.get_config(), FULL, None)] == [1024]
+    assert [stage.resolution for stage in plan.read_stages(nano.get_config(), "configs/nano.py", 768)] == [768]
+
+
+def test_a_data_set_gives_its_own_buckets_widths_and_counts(tmp_path):
+    make_data.dataset(tmp_path / "256", {"256x256": 12, "192x320": 20}, text=12, vision=6)
+    config = full.get_config("256")
+    config.data.update({"path": str(tmp_path / "256"), "holdout_fraction": 0.3})
+    train = data.Dataset(tmp_path / "256", holdout_fraction=0.3).train
+    low, middle, high = plan.read_stages(config, f"{FULL}:256", None)
+    assert {bucket.name: bucket.images for bucket in low.buckets} == {name: len(rows) for name, rows in train.items()}
+    assert {bucket.text for bucket in low.buckets} == {64} and low.widths["text"] == 12
+    assert sorted(bucket.name for bucket in high.buckets) == ["1024x1024", "768x1280"]
+    assert [bucket.latent for bucket in middle.buckets] == [(80, 48, 16), (64, 64, 16)]
+    with pytest.raises(InputError, match="--resolution=512"):
+        plan.read_stages(config, f"{FULL}:256", 512)
+
+
+def test_days_and_energy_follow_from_the_operations():
+    config = full.get_config("1024")
+    stages = plan.read_stages(config, f"{FULL}:1024", None)
+    given, device = stages[2], plan.look_at("RTX 4090", 24, config, False)
+    settings = plan.settings_for(given, device)
+    assert (settings["dtype"], settings["attention"]) == ("bfloat16", "cudnn")  # though this machine has no card
+    text = plan.screen(stages, given, device, 400.0, {})
+    found = rows_of(text, "Stages")
+    seconds = sum(
+        bucket.images
+        / 100_000
+        * (estimate.training_flops(settings, bucket.latent, bucket.text) * (4 / 3))
+        / (165.2e12 * estimate.UTILISATION)
+        for bucket in given.buckets
+    )
+    days = config.train.total_steps * config.train.batch_size * seconds / 86_400
+    assert float(found[f"{FULL}:1024"][5]) == pytest.approx(days, rel=0.01)
+    assert float(found[f"{FULL}:1024"][6]) == pytest.approx(days * 24 * 0.4, rel=0.01)
+    assert float(found["all"][2]) == pytest.approx(
+        sum(float(found[f"{FULL}:{n}"][5]) for n in (256, 512, 1024)), rel=0.01
+    )
+    memory = rows_of(text, "Memory")
+    parts = [float(cell) for cell in memory["block"][1:8]]
+    assert sum(parts[:-1]) == pytest.approx(parts[-1], abs=0.03)
+    count = model.count_parameters(model.abstract(settings)[1])
+    assert parts[0] == pytest.approx(4 * count / 1e9, abs=0.01)
+    assert "does not fit" in text.split("none", 2)[2].splitlines()[0]
+
+
+def test_an_unknown_card_gets_memory_but_no_time():
+    text = plan.plan(nano.get_config(), "configs/nano.py", device="Radeon", memory_gb=16)
+    assert "peak not known" in text and "14.4 GB" in text
+    assert rows_of(text, "Stages")["configs/nano.py"][4:7] == ["-", "-", "-"]
+
+
+def test_measuring_runs_the_real_updates(monkeypatch):
+    monkeypatch.setattr(plan, "SHAPES", ((1024, 1024),))
+    monkeypatch.setattr(plan, "WIDTHS", {"latent": 16, "text": 24, "vision": 12})
+    monkeypatch.setattr(measure, "UPDATES", 4)
+    config = tiny()
+    config.model.update({"layers": 2, "width": 64})
+    given = plan.read_stages(config, "configs/quickstart.py", 128)[0]
+    found = measure.measure(config, given.buckets, given.widths)
+    (bucket,) = given.buckets
+    assert found[bucket.name].updates == 4 and found[bucket.name].rate > 0
+    device = plan.look_at("", None, config, True)
+    assert device.kind == jax.devices()[0].device_kind
+    settings = plan.settings_for(given, device)
+    count = model.count_parameters(model.abstract(settings)[1])
+    parts = estimate.memory(settings, count, 2, bucket.latent, bucket.text, remat="none")
+    assert found[bucket.name].memory == pytest.approx(sum(parts.values()), rel=0.25)
+    text = plan.screen([given], given, device, 60.0, found)
+    assert rows_of(text, "Stages")["configs/quickstart.py"][-1] == "measured"
+    assert float(rows_of(text, "Buckets")["128x128"][5]) == pytest.approx(found[bucket.name].rate, rel=0.01)
+
+
+def test_a_bucket_that_memory_refuses_is_named_and_the_next_is_measured(monkeypatch):
+    calls = []
+
+    def run(functions, batch, where, train):
+        calls.append(batch["latent"].shape)
+        if len(calls) == 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+        return plan.Measured(rate=3.0, memory=10**9, updates=20)
+
+    monkeypatch.setattr(measure, "_measure", run)
+    config = tiny()
+    text = plan.plan(config, "configs/quickstart.py", resolution=256, real=True)
+    found = rows_of(text, "Buckets")
+    assert len(calls) == 3
+    assert " ".join(found["256x256"]).endswith("out of memory") and found["208x304"][5] == "3"
+
+
+def test_another_failure_of_the_device_is_not_swallowed(monkeypatch):
+    def run(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(measure, "_measure", run)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        plan.plan(tiny(), "configs/quickstart.py", resolution=128, real=True)
