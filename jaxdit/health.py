@@ -89,8 +89,8 @@ def hold(check: Callable[[Past, float], Any], past: Past) -> Any:
 def _back(saved: Sequence[int], since: int) -> str:
     earlier = [step for step in saved if step < since]
     if earlier:
-        return f"start a new folder with --config.train.restore=WORKDIR@{max(earlier)}"
-    return "start again, since no checkpoint from before it is left"
+        return f"go back: a new folder with --config.train.restore=WORKDIR@{max(earlier)}"
+    return "start again: no checkpoint from before it is left"
 
 
 # The checks: (rows, margin) -> what is seen. A margin below 1 asks for less, and is what a trouble is kept by.
@@ -99,7 +99,7 @@ def _back(saved: Sequence[int], since: int) -> str:
 def _voided(p: Past, margin: float) -> Found:
     for rows in (3, RECENT, p.window):
         count, span, since = _void_count(p, rows)
-        if count >= 3 and count > 0.03 * margin * span:
+        if count >= 3 and (rows == 3 or count > 0.03 * margin * span):
             return f"{count:,} of the last {span:,} updates were not finite and moved nothing", since
     return None
 
@@ -138,14 +138,24 @@ def _data_changed(p: Past, margin: float) -> Found:
 def _diverged(p: Past, margin: float) -> Found:
     if not len(p.step) or p.step[-1] < SETTLED:
         return None
-    if p.now > (limit := p.start + log(1 + 0.25 * margin)):
-        since = p.onset(p.loss[-3 * p.window :] > limit)
-        return f"loss {exp(p.now):.3g} is worse than predicting nothing ({exp(p.start):.3g})", since
+    for now, uncertain in _levels(p):
+        if now > (limit := p.start + max(log(1 + 0.25 * margin), 5 * margin * uncertain)):
+            since = p.onset(p.loss[-3 * p.window :] > limit)
+            return f"loss {exp(now):.3g} is worse than predicting nothing ({exp(p.start):.3g})", since
     level = median(_velocity(p, p.patience))
     if level > 1 + 0.5 * margin:
         since = p.onset(_velocity(p, 3 * p.window) > 1 + 0.25 * margin)
         return f"the predicted velocity is {level:.2g} times as large as the target", since
     return None
+
+
+def _levels(p: Past) -> list[tuple[float, float]]:
+    """(log loss, standard error) of the newest rows: of few, which tell it at once where the loss is quiet, and of more."""
+    return [
+        (median(p.loss[-rows:]), error(p.loss[-p.window :], rows))
+        for rows in (p.patience, p.window // 8, p.window // 2)
+        if 2 * rows <= len(p.loss)
+    ]
 
 
 def _velocity(p: Past, rows: int) -> np.ndarray:
@@ -168,12 +178,17 @@ def _collapsed(p: Past, margin: float) -> Found:
 
 
 def _back_at_start(p: Past, margin: float) -> Found:
-    best, step, uncertain = p.best
-    fallen = p.now - best > 5 * margin * uncertain and best < p.start + log(0.75)
-    if not (fallen and p.now > p.start + log(1 - 0.07 / margin)):
+    best, step, error_of_best = p.best
+    if not best < p.start + log(0.75):
         return None
-    since = max(p.onset(p.loss[-3 * p.window :] > (p.start + best) / 2), step + 1)
-    return f"loss {exp(p.now):.3g} is where it was at the start, after {exp(best):.3g} at step {step:,}", since
+    for now, uncertain in _levels(p)[:2]:
+        if now > p.start + log(1 - 0.07 / margin) and now - best > 6 * margin * math.hypot(error_of_best, uncertain):
+            since = max(p.onset(p.loss[-3 * p.window :] > (p.start + best) / 2), step + 1)
+            return (
+                f"loss {exp(now):.3g} is where it was at the start, after {exp(best):.3g} around step {step:,}",
+                since,
+            )
+    return None
 
 
 def _unstable(p: Past, margin: float) -> Found:
@@ -183,18 +198,17 @@ def _unstable(p: Past, margin: float) -> Found:
     recent, limit = p.norm[-p.patience :], usual + margin * max(log(2.5), 3 * wide)
     shift = median(recent) - usual
     # While the model discovers something the norm rises as the loss falls: no trouble unless it is huge.
-    falling = p.now < median(p.usual_part(p.loss)) + log(0.97)
+    falling = p.now < median(p.loss[-p.patience - RECENT : -p.patience]) + log(0.9)
     if (recent > limit).mean() >= 0.75 and (not falling or shift > margin * log(10)):
         since = p.onset(p.norm[-p.window :] > limit)
-        return (
-            f"gradient norm {exp(usual + shift):.3g}, {exp(shift):.3g} times the usual, and stays since step {since:,}",
-            since,
-        )
+        words = f"gradient norm {exp(usual + shift):.3g}, {exp(shift):.3g} times the usual, stays since step"
+        return f"{words} {since:,}", since
     norm, steps = p.norm[-p.window :], p.step[-p.window :]
     centre = median(norm)
     spikes = np.flatnonzero(norm > centre + _limit(p, spread(norm)))
-    lately = len(spikes) and spikes[-1] >= len(norm) - p.window // 4
-    if lately and len(spikes) >= 6 * margin and len(spikes) > 0.025 * margin * len(norm):
+    many = len(spikes) >= 6 * margin and len(spikes) > 0.025 * margin * len(norm)
+    huge = (norm > centre + log(50)).sum() >= 3
+    if (many or huge) and spikes[-1] >= len(norm) - p.window // 4:
         words = f"{len(spikes)} spikes of the gradient norm in {steps[-1] - steps[0]:,} steps, up to"
         return f"{words} {exp(norm.max() - centre):.3g} times the usual {exp(centre):.3g}", int(steps[spikes[0]])
     return None
@@ -206,14 +220,13 @@ def _limit(p: Past, wide: float) -> float:
 
 
 def _lost_ground(p: Past, margin: float) -> Found:
-    best, step, uncertain = p.best
-    rows = min(p.window // 8, max(len(p.loss) // 8, p.patience))
-    now = median(p.loss[-rows:])
-    limit = margin * max(log(1.1), 6 * math.hypot(uncertain, error(p.loss[-p.window :], rows)))
-    if not now - best > limit:
-        return None
-    since = max(p.onset(p.loss[-3 * p.window :] > best + limit), step + 1)
-    return f"loss {exp(now):.3g} since step {since:,}, after {exp(best):.3g} at step {step:,}", since
+    best, step, error_of_best = p.best
+    for now, uncertain in _levels(p):
+        limit = margin * max(log(1.1), 6 * math.hypot(error_of_best, uncertain))
+        if now - best > limit:
+            since = max(p.onset(p.loss[-3 * p.window :] > best + limit / 2), step + 1)
+            return f"loss {exp(now):.3g} since step {since:,}, after {exp(best):.3g} around step {step:,}", since
+    return None
 
 
 def _dying(p: Past, margin: float) -> Found:
@@ -251,10 +264,12 @@ def _condition_ignored(p: Past, margin: float) -> Found:
         rows = 30 if name.startswith("null") else 4
         if len(p.step) < rows or p.step[-rows] < SETTLED:
             continue
-        for values, words in zip(p.last(rows, f"grad/{name}", f"move/{name}"), ("gradient", "movement")):
-            still = values <= 1e-9 * (np.exp(p.norm[-rows:]) if words == "gradient" else 1.0)
-            if still.mean() >= margin:
-                return f"the {words} of the projection {name} has been zero for {still.sum()} rows", int(p.step[-rows])
+        gradient, movement, rate = p.last(rows, f"grad/{name}", f"move/{name}", "learning_rate")
+        # Adam moves by the rate, whatever the gradient: a hundred-thousandth of that is none, also where the rate ends at 0.
+        still = gradient <= 1e-9 * np.exp(p.norm[-rows:]), movement <= 1e-5 * np.nan_to_num(rate)
+        for zero, words in zip(still, ("gradient", "movement")):
+            if zero.mean() >= margin:
+                return f"the {words} of the projection {name} has been zero in {zero.sum()} rows", int(p.step[-rows])
     return None
 
 
@@ -288,7 +303,7 @@ def _average_behind(p: Past, margin: float) -> Found:
 
 def _uneven(p: Past, margin: float) -> Found:
     rows = min(p.window // 2, len(p.loss) // 3)
-    if rows < 16 or p.step[-1] < 500:
+    if rows < 16:
         return None
     mean = median(p.loss[-rows:])
     falling = mean <= median(p.loss[-2 * rows : -rows])
@@ -306,7 +321,7 @@ def _uneven(p: Past, margin: float) -> Found:
             continue
         # Of a bin that lags behind, a seventh of what the mean has gained; of one that is only slower, more.
         least = max(log(1 - 0.1 / margin), log(1 - 0.15 / margin * -math.expm1(mean - p.start)))
-        if mean < p.start + log(0.65) and level - 2 * error(new, len(new)) > p.start + least:
+        if p.step[-1] >= 500 and mean < p.start + log(0.65) and level - 2 * error(new, len(new)) > p.start + least:
             return f"{where} is still {exp(level):.3g}, as at the start, the mean {exp(mean):.3g}", int(p.step[0])
     return None
 
@@ -314,12 +329,13 @@ def _uneven(p: Past, margin: float) -> Found:
 def _spike(p: Past, margin: float) -> Found:
     usual, wide = p.usual
     recent = np.where(p.step[-RECENT:] >= SETTLED, p.norm[-RECENT:], -math.inf)
-    above = np.flatnonzero(recent > usual + _limit(p, wide))  # without the margin: it is spoken of for RECENT rows
-    if not len(above):
+    at = int(recent.argmax()) if len(recent) else 0
+    # Nearly no margin: a spike is spoken of for RECENT rows, not for as long as there are hairs.
+    if not len(recent) or not recent[at] > usual + _limit(p, wide) * (0.9 + 0.1 * (margin == 1)):
         return None
-    height, at = float(recent[above[-1]]), int(p.step[-RECENT:][above[-1]])
-    returned = "; it has come back" if above[-1] < len(recent) - 1 else ""
-    return f"gradient norm {exp(height):.3g} at step {at:,}, {exp(height - usual):.3g} times the usual{returned}", at
+    returned = "; it has come back" if at < len(recent) - 1 else ""
+    step, times = int(p.step[-RECENT:][at]), exp(recent[at] - usual)
+    return f"gradient norm {exp(recent[at]):.3g} at step {step:,}, {times:.3g} times the usual{returned}", step
 
 
 def _jumps(p: Past, margin: float) -> float | None:
@@ -328,20 +344,20 @@ def _jumps(p: Past, margin: float) -> float | None:
     return size if size > 0.4 * margin else None
 
 
-SLOWER = "with a lower optim.peak_learning_rate"
+LESS = "Lower optim.peak_learning_rate to"
 TROUBLES: dict[str, tuple[str, Callable[[Past, float], Found], str]] = {  # name: level, check, advice; the worst first
-    "voided": ("act", _voided, "Look at the data of those steps; else {back} " + SLOWER + "."),
+    "voided": ("act", _voided, "Look at the data of those steps. " + LESS + " a half and {back}."),
     "data changed": ("act", _data_changed, "Look at the data and its statistics, then {back}."),
-    "diverged": ("act", _diverged, "Stop, and {back} " + SLOWER + " (a third)."),
-    "collapsed": ("act", _collapsed, "Stop, and {back} " + SLOWER + " (a third)."),
+    "diverged": ("act", _diverged, "Stop. " + LESS + " a third and {back}."),
+    "collapsed": ("act", _collapsed, "Stop. " + LESS + " a third and {back}."),
     "back at the start": (
         "act",
         _back_at_start,
-        "The weights are lost, by a bad resume or too high a rate: stop, and {back}.",
+        "The weights are lost, by a bad resume or too high a rate. Stop and {back}.",
     ),
-    "unstable": ("act", _unstable, "It seldom mends itself: {back} " + SLOWER + " (half)."),
-    "lost ground": ("act", _lost_ground, "Unless it is falling again, {back} " + SLOWER + " (half)."),
-    "dying": ("act", _dying, "Layers are dead or saturated: {back} " + SLOWER + "."),
+    "unstable": ("act", _unstable, "It seldom mends itself. " + LESS + " a half and {back}."),
+    "lost ground": ("act", _lost_ground, "Unless it falls again: " + LESS + " a half and {back}."),
+    "dying": ("act", _dying, "Layers are dead or saturated. " + LESS + " a half and {back}."),
     "not learning": (
         "act",
         _not_learning,

@@ -39,7 +39,17 @@ class Past:
             known = {step: row for step, row in zip(steps, every) if step >= 0}
             every = [known[step] for step in sorted(known)]
             steps, loss, norm = columns(every, "step", "loss", "grad_norm")
-        self.every, self.moved = every, np.isfinite(loss) & np.isfinite(norm)
+        self.moved = np.isfinite(loss) & np.isfinite(norm)
+        if not self.moved.all():  # a voided update has null for its loss; a row that has no loss at all says nothing
+            known = self.moved | ["loss" in row for row in every]
+            every, steps, loss, norm = (
+                [row for row, k in zip(every, known) if k],
+                steps[known],
+                loss[known],
+                norm[known],
+            )
+            self.moved = self.moved[known]
+        self.every = every
         self._rows = every if self.moved.all() else [row for row, moved in zip(every, self.moved) if moved]
         self.step = steps[self.moved].astype(int)
         self.loss = np.log(np.maximum(loss[self.moved], 1e-30))
@@ -111,7 +121,7 @@ class Past:
 
     @cached_property
     def best(self) -> tuple[float, int, float]:
-        """(lowest log loss of a block of rows before the recent ones, the block's last step, standard error of such)."""
+        """(lowest log loss of a block of rows before the recent ones, its middle step, standard error of such)."""
         block = min(self.window // 4, max(len(self.loss) // 4, self.patience))
         end = len(self.loss) - max(block // 2, self.patience)
         blocks = end // block
@@ -121,7 +131,7 @@ class Past:
         k = int(medians.argmin())
         return (
             float(medians[k]),
-            int(self.step[end - (blocks - 1 - k) * block - 1]),
+            int(self.step[end - (blocks - 1 - k) * block - block // 2]),
             error(self.loss[-self.window :], block),
         )
 
