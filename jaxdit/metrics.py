@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ from encode.records import publish
 from jaxdit import boards
 
 DATED = 3 * 3600.0  # a run that ends later than this is told the day and the hour
-CHUNK = 1000  # rows turned into columns at a time
+CHUNK, NEWEST = 1000, 2000  # rows turned into columns at a time; rows kept whole for health to judge
 
 
 class Metrics:
@@ -160,8 +160,8 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
                 row = json.loads(line)
             except ValueError:
                 row = None
-            good = isinstance(row, dict) and isinstance(row.get("step"), int)
-            yield line, row if good else None
+            step = row.get("step") if isinstance(row, dict) else None
+            yield line, row if isinstance(step, int) and 0 <= step < 2**53 else None
 
 
 def rows(workdir: str | Path) -> Iterator[dict[str, Any]]:
@@ -181,10 +181,12 @@ class Columns:
     """metrics.jsonl by name, a tenth of the memory of its rows.
 
     numbers: {name: [rows] float64}, NaN where a row has null or not this name. texts: {name: [(step, value)] where it changed}.
+    newest: the last NEWEST rows as they stand.
     """
 
     numbers: Mapping[str, np.ndarray]
     texts: Mapping[str, list[tuple[int, str]]]
+    newest: Sequence[Mapping[str, Any]]
 
     def __len__(self) -> int:
         return len(self.numbers["step"])
@@ -203,7 +205,7 @@ def columns(workdir: str | Path) -> Columns:
     parts: dict[str, list[np.ndarray]] = {"step": []}
     texts: dict[str, list[tuple[int, str]]] = {}
     chunk: list[dict[str, Any]] = []
-    done = 0
+    newest, done = deque(maxlen=NEWEST), 0
 
     def take() -> None:
         nonlocal done
@@ -227,10 +229,11 @@ def columns(workdir: str | Path) -> Columns:
 
     for row in rows(workdir):
         chunk.append(row)
+        newest.append(row)
         if len(chunk) == CHUNK:
             take()
     take()
-    return Columns({name: np.concatenate(found) for name, found in parts.items()}, texts)
+    return Columns({name: np.concatenate(found) for name, found in parts.items()}, texts, list(newest))
 
 
 def _number(value: Any) -> float:

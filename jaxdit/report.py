@@ -1,118 +1,40 @@
-"""WORKDIR/report.html: one page about a run, without any network: curves, the gate, pictures, configuration.
+"""WORKDIR/report.html: one page about a run, without any network: where it stands, curves, pictures, health, cost.
 
 python -m jaxdit.report --workdir=DIR [--samples=DIR] [--encoded=OUT/report.html] [--out=PAGE]
+
+Rewritten at each checkpoint (`update`). What cannot be read is left out, and the page says so.
 """
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
-import re
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from encode.records import InputError
-from jaxdit import metrics
+from encode.records import InputError, publish
+from jaxdit import gallery, health
+from jaxdit.charts import Line, chart, stretches
+from jaxdit.metrics import date, duration
+from jaxdit.page import amount, escape, fold, page, rich_table, section, size, strip, table, tiles
+from jaxdit.standing import Standing, look
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2330; --faint: #667085; --paper: #fbfaf8; --card: #fff; --line: #e4e1da;
-  --accent: #b4552d; --good: #2f7d4f; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e9e6df; --faint: #9aa0ab; --paper: #15171c; --card: #1d2027;
-  --line: #30343d; --accent: #e08a5f; --good: #6fc28f; --bad: #ff8a80; } }
-* { box-sizing: border-box } body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.5rem 5rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.55 system-ui, sans-serif } h1 { font-size: 2rem; margin: 0 0 .2rem } h2 { margin: 3rem 0 .8rem;
-  font-size: 1.3rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem } p { max-width: 46rem } .faint { color:
-  var(--faint) } table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums } th, td { text-align:
-  left; padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line) } th { color: var(--faint); font-weight: 500 }
-.verdict { display: inline-block; padding: .3rem 1rem; border-radius: 2rem; color: #fff; font-weight: 600; background:
-  var(--bad) } .verdict.pass { background: var(--good) } .strip { margin: 1.2rem 0; } .strip > div { display: flex; gap: .6rem;
-  flex-wrap: wrap } figure { margin: 0; width: 9.6rem } figure img { width: 100%; border-radius: .4rem; display: block }
-figcaption { font-size: .8rem; color: var(--faint); line-height: 1.3; padding-top: .25rem } .cards { display: grid; gap: 1.2rem;
-  grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)) } .cards figure { width: auto } .charts { display: grid; gap:
-  1.2rem; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)) } svg { width: 100%; background: var(--card); border: 1px
-  solid var(--line); border-radius: .5rem } svg text { fill: var(--faint); font-size: 11px } svg .raw { stroke: var(--accent);
-  opacity: .28 } svg .smooth { stroke: var(--accent); stroke-width: 2 } svg .grid { stroke: var(--line) } iframe { width: 100%;
-  height: 46rem; border: 1px solid var(--line); border-radius: .5rem } pre { background: var(--card); border: 1px solid
-  var(--line); border-radius: .5rem; padding: 1rem; overflow-x: auto; font-size: .85rem }
-"""
+__all__ = ["escape", "page", "strip", "table", "update", "write"]  # the first four are what validate.py builds with
+
+CHANGES = 24  # rows of a table of what changed
+CONDITIONS = ("time", "vision", "text", "null_vision", "null_text", "modulation", "cross_attention")
 
 
-def escape(words: Any) -> str:
-    """Text made safe for a page."""
-    return html.escape(str(words))
-
-
-def page(title: str, body: str) -> str:
-    """A whole HTML page."""
-    return (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>{body}</body></html>\n"
-    )
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{lines}</table>"
-
-
-def picture(pixels: np.ndarray | bytes) -> str:
-    """A data URI of a [height, width, 3] uint8 picture, or of the bytes of a PNG file."""
-    from PIL import Image
-
-    if not isinstance(pixels, bytes):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        pixels = buffer.getvalue()
-    return "data:image/png;base64," + base64.b64encode(pixels).decode()
-
-
-def figure(pixels: np.ndarray | bytes, caption: str) -> str:
-    return f"<figure><img alt='' src='{picture(pixels)}'><figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def strip(title: str, pictures: Sequence[tuple[str, np.ndarray]]) -> str:
-    """A row of captioned pictures under a title."""
-    row = "".join(figure(pixels, words) for words, pixels in pictures)
-    return f"<div class='strip'><p>{escape(title)}</p><div>{row}</div></div>"
-
-
-def chart(title: str, steps: Sequence[float], values: Sequence[float], log: bool = False) -> str:
-    """A curve as SVG: the values faint, their running mean strong."""
-    width, height, left, bottom = 460, 240, 56, 24
-    pairs = [(s, v) for s, v in zip(steps, values) if v is not None and (v > 0 or not log)]
-    if len(pairs) < 2:
-        return ""
-    x, y = map(np.array, zip(*pairs))
-    shown = np.log10(y) if log else y
-    kernel = max(1, len(shown) // 25)
-    padded = np.pad(shown, (kernel // 2, kernel - 1 - kernel // 2), mode="edge")
-    smooth = np.convolve(padded, np.ones(kernel) / kernel, "valid")
-    low, high = np.quantile(shown, 0.005), np.quantile(shown, 0.995)
-    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
-
-    def line(data, kind):
-        px = left + (x - x[0]) / max(x[-1] - x[0], 1) * (width - left - 12)
-        py = 30 + (1 - (np.clip(data, low, high) - low) / (high - low)) * (height - 30 - bottom - 8)
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(px, py))
-        return f"<polyline class='{kind}' fill='none' points='{points}'/>"
-
-    marks = ""
-    for part in (0.0, 0.5, 1.0):
-        value, place = high - part * (high - low), 30 + part * (height - 30 - bottom - 8)
-        words = f"{10**value if log else value:.3g}"
-        marks += f"<line class='grid' x1='{left}' x2='{width - 12}' y1='{place}' y2='{place}'/>"
-        marks += f"<text x='{left - 6}' y='{place + 4}' text-anchor='end'>{words}</text>"
-    return (
-        f"<svg viewBox='0 0 {width} {height}' role='img'><text x='{left}' y='18'>{escape(title)}</text>{marks}"
-        f"{line(shown, 'raw')}{line(smooth, 'smooth')}<text x='{left}' y='{height - 6}'>step {int(x[0]):,}</text>"
-        f"<text x='{width - 12}' y='{height - 6}' text-anchor='end'>{int(x[-1]):,}</text></svg>"
-    )
+def update(workdir: str | Path) -> Path | None:
+    """Rewrite WORKDIR/report.html; whatever fails is logged and not raised: no run ends for its page."""
+    try:
+        return write(workdir)
+    except Exception as error:
+        logging.warning("%s/report.html could not be written (%s: %s).", workdir, type(error).__name__, error)
+        return None
 
 
 def write(
@@ -122,7 +44,7 @@ def write(
     encoded: str | Path | None = None,
     out: str | Path | None = None,
 ) -> Path:
-    """Write the page of a run.
+    """Write the page of a run, whole or not at all.
 
     Args:
       workdir: the working folder; what it holds decides what the page shows.
@@ -132,6 +54,10 @@ def write(
 
     Returns:
       The page's path.
+
+    Raises:
+      InputError: workdir or samples is no such folder.
+      OSError: the page cannot be written.
     """
     workdir = Path(workdir)
     if not (workdir / "config.json").exists():
@@ -140,64 +66,321 @@ def write(
         )
     if samples is not None and not (Path(samples) / "samples.json").exists():
         raise InputError(f"{samples}: samples.json is missing, so this is no folder that jaxdit.sample wrote.")
-    rows = metrics.read(workdir)
-    body = _summary(workdir, rows) + _samples(samples) + _gate(workdir) + _curves(rows) + _encoded(encoded)
-    body += "<h2>Configuration</h2><pre>" + escape((workdir / "config.json").read_text(encoding="utf-8")) + "</pre>"
     out = Path(out or workdir / "report.html")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page("A model trained from nothing", body), encoding="utf-8")
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        temporary.write_text(build(workdir, samples, encoded, out.parent), encoding="utf-8")
+        publish(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
     return out
 
 
-def _summary(workdir: Path, rows: Sequence[dict[str, Any]]) -> str:
-    dataset = json.loads((workdir / "dataset.json").read_text(encoding="utf-8"))
-    if not rows:
-        return "<p>Nothing has been trained yet.</p>"
-    last = rows[-1]
-    rates = [row["images_per_second"] for row in rows if row.get("images_per_second")]
+def build(workdir: Path, samples: str | Path | None, encoded: str | Path | None, beside: Path) -> str:
+    """The page as text; beside is the folder it will stand in."""
+    run = look(workdir)
+    parts: list[tuple[str, Callable[[], str]]] = [
+        ("Samples", lambda: section("Samples", gallery.samples(samples))),
+        ("Loss", lambda: section("Loss", losses(run), LOSS_NOTE)),
+        ("Previews", lambda: section("Previews", gallery.previews(workdir, beside), PREVIEWS_NOTE)),
+        ("Health", lambda: section("Health", history(run), HEALTH_NOTE)),
+        ("Loss by timestep", lambda: section("Loss by timestep", timesteps(run), TIMESTEPS_NOTE)),
+        ("Pace", lambda: section("Pace", pace(run), PACE_NOTE)),
+        ("Conditions", lambda: section("Inside the model", insides(run), INSIDE_NOTE)),
+        ("Cost", lambda: section("Cost", cost(run), cost_note(run), wide=False)),
+        ("Checkpoints", lambda: section("Checkpoints", checkpoints(run), wide=False)),
+        ("The gate", lambda: section("The gate", gallery.gate(workdir, beside))),
+        ("The encoded data", lambda: section("The encoded data", gallery.encoded(encoded))),
+        ("Changes", lambda: section("Changed since the start", changes(run), wide=False)),
+        ("Configuration", lambda: section("Configuration", configuration(run), wide=False)),
+    ]
+    body = "".join(_safely(name, make) for name, make in parts)
+    title = f"{run.step / run.total:.0%} of {workdir.resolve().name}" if run.total else workdir.resolve().name
+    return page(title, body, _safely("The head", lambda: head(run)))
+
+
+def _safely(name: str, make: Callable[[], str]) -> str:
+    try:
+        return make()
+    except Exception as error:  # a strange file must not cost the page, still less the run
+        logging.warning("The report cannot show %s (%s: %s).", name, type(error).__name__, error)
+        return section(name, f"<p class='faint'>It cannot be shown: {escape(error)}</p>")
+
+
+def head(run: Standing) -> str:
+    """Where the run stands in a sentence, its health in another, the numbers below."""
+    if not run.step:
+        return f"{_over(run)}<h1>Nothing has been trained yet.</h1>{_problems(run)}"
+    passes = f", {amount(run.passes)} passes over the data" if run.passes else ""
+    seen = f"{amount(run.samples)} samples seen{passes}"
+    if run.done:
+        title, lead = f"Done: all {run.total:,} steps, {seen}.", ""
+    else:
+        title = f"Step {run.step:,}{f' of {run.total:,}' if run.total else ''}: {seen}."
+        lead = _end(run)
+    bar = (
+        f'<div class="progress"><i style="width:{min(100 * run.step / run.total, 100):.2f}%"></i></div>'
+        if run.total
+        else ""
+    )
+    level, words = run.verdict.level, run.verdict.words
+    verdict = (
+        f'<div class="health"><span class="tag {level}">{escape(run.verdict.name)}</span><p>{escape(words)}</p></div>'
+        if run.verdict.name
+        else ""
+    )
+    lead = f'<p class="lead">{escape(lead)}</p>' if lead else ""
+    return f"{_over(run)}<h1>{escape(title)}</h1>{bar}{lead}{verdict}{_problems(run)}{_tiles(run)}"
+
+
+def _over(run: Standing) -> str:
+    return f'<p class="over">{escape(run.workdir.resolve())} · {escape(date(run.now, run.now))}</p>'
+
+
+def _problems(run: Standing) -> str:
+    return "".join(f'<p class="faint">{escape(words)}</p>' for words in run.problems)
+
+
+def _end(run: Standing) -> str:
+    """When it ends at the present rate; for a run that has gone quiet, how to go on."""
+    if run.left is None:
+        words = "Its rate is not known yet."
+    elif run.stale:
+        words = f"{duration(run.left)} of training are left at its last rate of {run.rate:,.3g} images a second."
+    else:
+        end = date(run.as_of + timedelta(seconds=run.left), run.now) if run.left < 1e9 else "in many years"
+        words = f"At {run.rate:,.3g} images a second, all pauses counted, it ends {end}, in {duration(run.left)}."
+    if run.stale:
+        again = f" The same command goes on from step {run.resumable[-1]:,}." if run.resumable else ""
+        words += f" Its newest row is of {date(run.as_of, run.now)}: if it is not running, it was stopped.{again}"
+    return words
+
+
+def _tiles(run: Standing) -> str:
+    rows = [
+        (amount(run.samples), "samples seen"),
+        (amount(run.passes), f"passes over {run.images:,} images") if run.passes else None,
+        (duration(run.seconds), "of training") if run.seconds else None,
+        (_energy(run, run.seconds), f"at {run.watts:,.0f} W, an estimate") if run.seconds and run.watts else None,
+        (f"{run.rate:,.3g}", "images a second") if run.rate else None,
+        (f"{run.loss:.4f}", "loss, of late") if run.loss is not None else None,
+        (f"{run.held_out:.4f}", "held-out loss") if run.held_out is not None else None,
+        (f"{run.voided:,}", "update voided" if run.voided == 1 else "updates voided"),
+    ]
+    return tiles(row for row in rows if row)
+
+
+def losses(run: Standing) -> str:
+    c, steps = run.columns, run.columns["step"]
+    voided = run.voided_steps
+    marked = "Marked below: updates that were not finite and moved nothing." if len(voided) else ""
+    held_out, training = _held_out(run), c["eval/training/ema/text_vision"]
+    gap = [(a, b) for a, b in zip(held_out, training) if np.isfinite(a) and np.isfinite(b)]
+    words = ""
+    if gap:
+        apart = gap[-1][0] - gap[-1][1]
+        side = "above" if apart >= 0 else "below"
+        words = (
+            f"Held-out images lie {abs(apart):.4f} ({abs(apart) / max(gap[-1][1], 1e-9):.1%}) {side} training images."
+        )
+    return _charts(
+        chart("Loss", steps, [Line("loss", c["loss"], band=True)], marks=voided, note=marked),
+        chart(
+            "Held-out loss",
+            steps,
+            [
+                Line("held-out, averaged weights", held_out, "a"),
+                Line("held-out, raw weights", c["eval/held_out/raw/text_vision"], "b"),
+                Line("training images, averaged", training, "c", dash=True),
+            ],
+            note=words,
+        ),
+        chart(
+            "Held-out loss by condition",
+            steps,
+            [
+                Line(words, c[f"eval/held_out/ema/{name}"], colour)
+                for name, words, colour in (
+                    ("none", "neither", "g"),
+                    ("text", "text alone", "d"),
+                    ("vision", "reference alone", "b"),
+                    ("text_vision", "text and reference", "a"),
+                )
+            ],
+        ),
+        chart("Gradient norm", steps, [Line("norm", c["grad_norm"], band=True)], log=True, marks=voided, note=marked),
+    )
+
+
+def _held_out(run: Standing) -> np.ndarray:
+    ours = run.columns["eval/held_out/ema/text_vision"]
+    return ours if np.isfinite(ours).any() else run.columns["held_out_loss"]
+
+
+def timesteps(run: Standing) -> str:
+    c, drawn = run.columns, []
+    for k in range(10):
+        lines = [
+            Line("training", c[f"loss_t/{k}"], "a", band=True),
+            Line("held-out", c[f"eval/held_out/ema/t{k}"], "b"),
+        ]
+        drawn.append(chart(f"{k / 10:.1f} to {(k + 1) / 10:.1f}", c["step"], lines, small=True))
+    return f'<div class="bins">{"".join(drawn)}</div>' if any(drawn) else ""
+
+
+def pace(run: Standing) -> str:
+    c, steps = run.columns, run.columns["step"]
+    return _charts(
+        chart("Learning rate", steps, [Line("rate", c["learning_rate"], "b")], zero=True),
+        chart("Images a second", steps, [Line("rate", c["images_per_second"], "b", band=True)], zero=True),
+        _share("Time spent waiting for data", steps, c["data_wait_fraction"]),
+        _share("Use of the device (MFU)", steps, c["mfu"]),
+    )
+
+
+def _share(title: str, steps: np.ndarray, values: np.ndarray) -> str:
+    return chart(title, steps, [Line("share", values, "b", band=True)], zero=True, percent=True)
+
+
+def insides(run: Standing) -> str:
+    c, steps = run.columns, run.columns["step"]
+
+    def each(kind: str) -> list[Line]:
+        return [Line(name.replace("_", " "), c[f"{kind}/{name}"], x) for name, x in zip(CONDITIONS, "abcdefg")]
+
+    return _charts(
+        chart("Gradient of the conditioning", steps, each("grad"), log=True),
+        chart("Movement of the conditioning", steps, each("move"), log=True),
+        chart(
+            "Size of the velocity",
+            steps,
+            [Line("predicted", c["velocity_rms"], "a"), Line("target", c["target_rms"], "g", dash=True)],
+        ),
+        chart("Distance of the average from the weights", steps, [Line("share", c["ema_distance"], "b")], log=True, percent=True),
+    )  # fmt: skip
+
+
+def _charts(*drawn: str) -> str:
+    return f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else ""
+
+
+def history(run: Standing) -> str:
+    """When the verdict changed."""
+    found = run.columns.texts.get("health", [])
+    if not found:
+        return ""
+    ends = [step for step, _ in found[1:]] + [run.step]
+    rows = []
+    for (step, name), end in reversed(list(zip(found, ends))[-CHANGES:]):
+        level = health.VERDICTS.get(name, "unknown")
+        words = health.TROUBLES[name][2].format(back="go back to a step before it") if name in health.TROUBLES else ""
+        lasted = f"{end - step:,} steps" if end > step else "just now"
+        rows.append([f"{step:,}", f'<span class="tag {escape(level)}">{escape(name)}</span>', lasted, escape(words)])
+    left = len(found) - len(rows)
+    more = f'<p class="faint">And {left:,} changes before these, in metrics.jsonl.</p>' if left > 0 else ""
+    band = stretches(run.spans(health.VERDICTS), run.step)
+    return band + rich_table(["from step", "verdict", "for", "what to do"], rows, (0, 2)) + more
+
+
+def cost(run: Standing) -> str:
+    """What the run has cost and will cost."""
+    if not run.seconds:
+        return ""
+    rows = [("so far", run.seconds, run.samples)]
+    if run.left is not None and not run.done:
+        everything = run.total * run.batch
+        rows += [("to the end", run.left, everything - run.samples), ("altogether", run.seconds + run.left, everything)]
+    lines = [
+        [name, _hours(seconds), amount(seen), _energy(run, seconds) if run.watts else "unknown"]
+        for name, seconds, seen in rows
+    ]
+    return table(["", "time", "samples", "energy"], lines, (1, 2, 3))
+
+
+def cost_note(run: Standing) -> str:
+    if not run.watts:
+        return "Energy is not known: metrics.watts is not set."
     return (
-        f"<p class='faint'>{dataset['count']} images in {len(dataset['buckets'])} buckets; {last['step']:,} steps, "
-        f"{last['samples_seen']:,} samples seen, {last['voided']} steps voided, "
-        f"{np.median(rates) if rates else 0:.1f} images a second.</p>"
+        f"Energy is an estimate: hours times metrics.watts, {run.watts:,.0f} W. Nothing was measured. What is to come is at "
+        "the present rate."
     )
 
 
-def _curves(rows: Sequence[dict[str, Any]]) -> str:
-    charts = (
-        ("loss", "loss", False),
-        ("loss of the averaged weights on held-out images", "held_out_loss", False),
-        ("gradient norm", "grad_norm", True),
-        ("learning rate", "learning_rate", False),
-        ("images a second", "images_per_second", False),
+def checkpoints(run: Standing) -> str:
+    if not run.saved:
+        return "<p>None is saved yet.</p>"
+    rows = [
+        [f"{one.step:,}", f"{'to go on, ' if one.resumable else ''}to sample", size(one.bytes), date(one.at, run.now)]
+        for one in reversed(run.saved[-CHANGES:])
+    ]
+    words = (
+        "<p class='faint'>To sample: <code>python -m jaxdit.sample --workdir=DIR --step=N</code>. To go on from an earlier one, "
+        "in a new folder: <code>--config.train.restore=DIR@N</code>.</p>"
     )
-    steps = [row["step"] for row in rows]
-    drawn = "".join(chart(title, steps, [row.get(name) for row in rows], log) for title, name, log in charts)
-    return f"<h2>Training</h2><div class='charts'>{drawn}</div>" if drawn else ""
+    return table(["step", "good for", "size", "saved"], rows, (0, 2)) + words
 
 
-def _samples(folder: str | Path | None) -> str:
-    if folder is None:
-        return ""
-    figures = []
-    for row in json.loads((Path(folder) / "samples.json").read_text(encoding="utf-8")):
-        words = row["prompt"] + (f" — in the light of {row['reference']}" if row["reference"] else "")
-        figures.append(figure((Path(folder) / row["file"]).read_bytes(), words))
-    return f"<h2>Samples</h2><div class='cards'>{''.join(figures)}</div>"
+def changes(run: Standing) -> str:
+    """What was changed from one start to the next, newest first."""
+    rows = []
+    for entry in reversed(run.changes[-CHANGES:]):
+        at = entry.get("time")
+        when = date(datetime.fromtimestamp(at), run.now) if isinstance(at, int | float) else ""
+        rows.append([when, entry.get("field", ""), json.dumps(entry.get("from")), json.dumps(entry.get("to"))])
+    return table(["when", "field", "from", "to"], rows) if rows else ""
 
 
-def _gate(workdir: Path) -> str:
-    path = workdir / "gate" / "gate.html"
-    if not path.exists():
-        return ""
-    body = re.search(r"<h1>.*?</h1>(.*)</body>", path.read_text(encoding="utf-8"), re.DOTALL)
-    return f"<h2>The gate</h2>{body.group(1)}" if body else ""
+def configuration(run: Standing) -> str:
+    rows = []
+    if run.dataset:
+        buckets = len(run.dataset.get("buckets", ()))
+        rows.append(
+            [
+                "Data",
+                f"{run.dataset.get('count', 0):,} images in {buckets} buckets, {run.config.get('data', {}).get('path')}",
+            ]
+        )
+    gate = run.origin.get("gate")
+    if isinstance(gate, dict):
+        rows.append(
+            ["Gate", f"{gate.get('verdict')}{f', step {step:,}' if isinstance(step := gate.get('step'), int) else ''}"]
+        )
+    for name, words in (("init_from", "Weights from"), ("restore", "Gone back to")):
+        if isinstance(origin := run.origin.get(name), dict):
+            rows.append([words, f"{origin.get('workdir')}, step {origin.get('step')}"])
+    text = (run.workdir / "config.json").read_text(encoding="utf-8", errors="replace")
+    lines = "\n".join(escape(line) for line in text.splitlines())
+    return (table(["", ""], rows) if rows else "") + fold("config.json", f"<pre>{lines}</pre>")  # fmt: skip
 
 
-def _encoded(path: str | Path | None) -> str:
-    if path is None or not Path(path).exists():
-        return ""
-    inside = escape(Path(path).read_text(encoding="utf-8"))
-    return f"<h2>The encoded data</h2><iframe title='The encoded data' loading='lazy' srcdoc=\"{inside}\"></iframe>"
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else duration(seconds)
+
+
+def _energy(run: Standing, seconds: float) -> str:
+    kwh = seconds / 3.6e6 * run.watts
+    return f"{kwh:,.0f} kWh" if kwh >= 10 else f"{kwh:.2g} kWh"
+
+
+LOSS_NOTE = (
+    "Faint: the least and the greatest; the line is the mean. The held-out loss is taken with fixed noise and timesteps, so that "
+    "its points can be compared."
+)
+PREVIEWS_NOTE = (
+    "The same sentences and references, drawn from the averaged weights with the same noise at each step: what differs is what "
+    "the model has learnt since."
+)
+HEALTH_NOTE = "What the curves said, judged against the run's own past, and when that changed."
+TIMESTEPS_NOTE = (
+    "0 is the picture, 1 is noise; each frame has its own scale. Orange: training. Blue: held-out images, given text and "
+    "reference."
+)
+PACE_NOTE = "Images a second leave out compiling, evaluating and saving; the end above counts them."
+INSIDE_NOTE = (
+    "A condition whose gradient or movement goes to zero is no longer heard. The predicted velocity should be a little smaller "
+    "than its target."
+)
 
 
 def main() -> int:
