@@ -152,6 +152,11 @@ def chart(
     )
 
 
+def grid(*drawn: str) -> str:
+    """Charts side by side where there is room; those that were left out are ""."""
+    return f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else ""
+
+
 def stretches(spans: Sequence[tuple[float, float, str]], end: float) -> str:
     """A band of coloured stretches over the steps of a run.
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from encode.records import InputError, publish
 from jaxdit import gallery, health
-from jaxdit.charts import Line, chart, stretches
+from jaxdit.charts import Line, chart, grid, stretches
 from jaxdit.metrics import date, duration
 from jaxdit.page import amount, escape, fold, page, rich_table, section, size, strip, table, tiles
 from jaxdit.standing import Standing, look
@@ -184,7 +184,7 @@ def losses(run: Standing) -> str:
         words = (
             f"Held-out images lie {abs(apart):.4f} ({abs(apart) / max(gap[-1][1], 1e-9):.1%}) {side} training images."
         )
-    return _charts(
+    return grid(
         chart("Loss", steps, [Line("loss", c["loss"], band=True)], marks=voided, note=marked),
         chart(
             "Held-out loss",
@@ -231,7 +231,7 @@ def timesteps(run: Standing) -> str:
 
 def pace(run: Standing) -> str:
     c, steps = run.columns, run.columns["step"]
-    return _charts(
+    return grid(
         chart("Learning rate", steps, [Line("rate", c["learning_rate"], "b")], zero=True),
         chart("Images a second", steps, [Line("rate", c["images_per_second"], "b", band=True)], zero=True),
         _share("Time spent waiting for data", steps, c["data_wait_fraction"]),
@@ -249,7 +249,7 @@ def insides(run: Standing) -> str:
     def each(kind: str) -> list[Line]:
         return [Line(name.replace("_", " "), c[f"{kind}/{name}"], x) for name, x in zip(CONDITIONS, "abcdefg")]
 
-    return _charts(
+    return grid(
         chart("Gradient of the conditioning", steps, each("grad"), log=True),
         chart("Movement of the conditioning", steps, each("move"), log=True),
         chart(
@@ -259,10 +259,6 @@ def insides(run: Standing) -> str:
         ),
         chart("Distance of the average from the weights", steps, [Line("share", c["ema_distance"], "b")], log=True, percent=True),
     )  # fmt: skip
-
-
-def _charts(*drawn: str) -> str:
-    return f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else ""
 
 
 def history(run: Standing) -> str:

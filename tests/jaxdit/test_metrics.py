@@ -87,18 +87,18 @@ def test_a_step_is_never_written_twice(tmp_path, caplog):
 KILLS = """
 import os, random, signal, sys, time
 from jaxdit import metrics
-workdir, start = sys.argv[1], 0
+workdir, start, path = sys.argv[1], 0, sys.argv[1] + "/metrics.jsonl"
+open(path, "w").close()
 for kill in range(8):
     child = os.fork()
     if child == 0:
         log = metrics.Metrics(workdir, start)
         for step in range(start + 1, 10**6):
             log.write({"step": step, "loss": 1 / step, "long": "x" * 5000})
-    for _ in range(1000):
-        time.sleep(random.uniform(0, 0.03))
-        rows = metrics.read(workdir)
-        if rows and rows[-1]["step"] > start + 3:
-            break
+    before = os.path.getsize(path)
+    while os.path.getsize(path) < before + 30_000:
+        time.sleep(0.001)
+    time.sleep(random.uniform(0, 0.01))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     start = metrics.read(workdir)[-1]["step"] - 2  # the newest checkpoint is a little older
