@@ -96,6 +96,19 @@ def unpatchify(x: jax.Array, height: int, width: int, patch: int) -> jax.Array:
     return x.reshape(b, height, width, -1)
 
 
+def even_lengths(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None):
+    """q, k, v [b, n, heads, head_size] with one token more where n is odd, and the lengths that leave it out.
+
+    cuDNN's backward pass takes no odd lengths (jax 0.10.2), and 208x304 pixels are 13 x 19 tokens.
+    """
+    odd_q, odd_k = q.shape[1] % 2, k.shape[1] % 2
+    if odd_k and lengths is None:
+        lengths = jnp.full(k.shape[:1], k.shape[1], jnp.int32)
+    q = jnp.pad(q, ((0, 0), (0, odd_q), (0, 0), (0, 0)))
+    k, v = (jnp.pad(part, ((0, 0), (0, odd_k), (0, 0), (0, 0))) for part in (k, v))
+    return q, k, v, lengths
+
+
 class Attention(nnx.Module):
     """Multi-head attention with RMS-normalised queries and keys; keys and values from `context` (x itself, or text)."""
 
@@ -118,8 +131,10 @@ class Attention(nnx.Module):
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = (part.astype(self.dtype) for part in (q, k, v))  # cuDNN wants one dtype; softmax is float32 within
+        if self.implementation == "cudnn":
+            q, k, v, lengths = even_lengths(q, k, v, lengths)
         out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=self.implementation)
-        return self.out(out.reshape(x.shape))
+        return self.out(out[:, : x.shape[1]].reshape(x.shape))
 
 
 class Block(nnx.Module):

@@ -282,3 +282,22 @@ def test_accumulated_gradients_equal_those_of_one_batch():
     for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(total)):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(jnp.abs(ours).max()) + 1e-6)
     assert jax.tree.leaves(total)[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("n", "m", "masked"), [(13, 13, False), (6, 7, True), (7, 6, True), (6, 6, False)])
+def test_a_token_that_makes_a_length_even_changes_nothing(n, m, masked):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, size, 2, 8)) for key, size in zip(keys, (n, m, m)))
+    lengths = jnp.array([m, 3]) if masked else None
+
+    def attend(q, k, v, even):
+        rest = model.even_lengths(q, k, v, lengths) if even else (q, k, v, lengths)
+        assert not even or (rest[0].shape[1] % 2 == rest[1].shape[1] % 2 == rest[2].shape[1] % 2 == 0)
+        return jax.nn.dot_product_attention(*rest[:3], key_value_seq_lengths=rest[3])[:, :n]
+
+    def results(even):
+        square = jax.grad(lambda *x: (attend(*x, even) ** 2).sum(), (0, 1, 2))
+        return [attend(q, k, v, even), *square(q, k, v)]
+
+    for ours, theirs in zip(results(True), results(False), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
