@@ -143,7 +143,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
         log.sync()
         with jax.transfer_guard("allow"):  # the copy to the host is what saving is
             saver.save(step, *_split_ema(state), {"position": position, "step": step, "seconds": clock.seconds})
-        report.write(workdir)
+        report.update(workdir)
         clock.skip(time.monotonic() - began)
 
     try:
@@ -232,7 +232,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
         log.close()
         batches.close()
         saver.close()
-    report.write(workdir)
+    report.update(workdir)
     return "stopped" if step < config.train.total_steps else "done"
 
 
