@@ -139,10 +139,18 @@ def test_tensorboard_shows_numbers_changes_of_words_and_pictures(tmp_path):
     log = metrics.Metrics(tmp_path, 0)
     for step, verdict in ((10, "fine"), (20, "fine"), (30, "spike")):
         log.write(row(step, health=verdict, **{"eval/held_out/ema/text": None if step < 30 else 0.75}))
+    log.close()
+    log = metrics.Metrics(tmp_path, 30)
+    log.write(row(40, health="spike"))
     log.pictures(20, {"previews/00": np.full((24, 40, 3), (200, 30, 30), np.uint8)})
     log.close()
     found = board(tmp_path)
-    assert [(event.step, event.value) for event in found.Scalars("grad_norm")] == [(10, 0.5), (20, 0.5), (30, 0.5)]
+    assert [(event.step, event.value) for event in found.Scalars("grad_norm")] == [
+        (10, 0.5),
+        (20, 0.5),
+        (30, 0.5),
+        (40, 0.5),
+    ]
     assert [(event.step, event.value) for event in found.Scalars("eval/held_out/ema/text")] == [(30, 0.75)]
     words = [(e.step, e.tensor_proto.string_val[0].decode()) for e in found.Tensors("health/text_summary")]
     assert words == [(10, "fine"), (30, "spike")]
@@ -268,10 +276,15 @@ def test_weights_and_biases_continues_its_run_over_the_legs(wandb, tmp_path, mon
     assert step == 1 and values == row(1, health="fine")  # null is left out
     assert (at, pictures) == (1, {"previews/00": [[6, 4], "step 1"]}) and end == ["finish"]
     monkeypatch.setattr(sys.modules["wandb"].Run, "step", 3)  # what a killed leg had sent
-    log = written(workdir, [2, 3, 4], 1, wandb="team/photos", name="other")
+    log = metrics.Metrics(workdir, 1, wandb="team/photos", name="other")
+    for step in (2, 3, 4):
+        log.write(row(step))
+    log.pictures(2, {"previews/00": np.zeros((4, 6, 3), np.uint8)})  # decoded when training is further on
+    log.close()
     kind, again = wandb()[4]
     assert kind == "init" and again["id"] == first["id"] and again["name"] == "other"
-    assert [call[1] for call in wandb() if call[0] == "log"][2:] == [3, 4]
+    assert [call[1] for call in wandb() if call[0] == "log"][2:] == [3, 4, 4]
+    assert wandb()[-2][2] == {"previews/00": [[6, 4], "step 2"]}
     written(workdir, [], 4, wandb="elsewhere")
     assert wandb()[-2][1]["id"] != first["id"]
 

@@ -286,7 +286,7 @@ def test_the_verdict_is_healths_own_and_an_unknown_one_is_shown_as_it_is(tmp_pat
     assert f'<span class="tag act">{rows[-1]["health"]}</span><p>{page.escape(health.judge(rows).words)}</p>' in html
     rows[-1]["health"] = "spike"  # what the trainer said counts, not what would be said now
     html = report.write(folder(tmp_path / "run", rows)).read_text()
-    assert '<span class="tag watch">spike</span>' in html
+    assert '<div class="health"><span class="tag watch">spike</span><p>' in html
     rows[-1]["health"] = "of another version"
     assert (
         '<span class="tag unknown">of another version</span>'
