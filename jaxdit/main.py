@@ -31,7 +31,7 @@ def main(config) -> int:
     if not jax.config.jax_compilation_cache_dir:  # a run that goes on does not compile again
         jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/jaxdit/compiled").expanduser()))
 
-    from jaxdit import checkpoint, report, train
+    from jaxdit import checkpoint, train
 
     try:
         result = train.train(config, commandline.path_of(WORKDIR.value))
@@ -47,7 +47,7 @@ def main(config) -> int:
             f"the device's memory does not hold this: take --config.model.remat=block, or a new --workdir with a smaller "
             f"train.micro_batch than {config.train.micro_batch}."
         )
-    print(f"The run's page: {report.write(commandline.path_of(WORKDIR.value))}")
+    print(f"The run's page: {commandline.path_of(WORKDIR.value) / 'report.html'}")
     return 0 if result == "done" else 3
 
 

@@ -185,7 +185,8 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
                 pending = {"step": step, **row}
 
                 last = step == config.train.total_steps
-                if config.train.eval_every and (step % config.train.eval_every == 0 or last) and budget.allows(last):
+                judged = config.train.eval_every and (step % config.train.eval_every == 0 or last)
+                if judged and budget.allows("evaluation", last):
                     began = time.monotonic()
                     found = heldout.evaluate(
                         judge,
@@ -197,7 +198,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
                         everywhere=lambda value: jax.device_put(value, everywhere),
                         stopped=lambda: stop.requested,
                     )
-                    seconds = budget.spent(time.monotonic() - began)
+                    seconds = budget.spent("evaluation", time.monotonic() - began)
                     clock.skip(seconds)
                     if found:
                         pending |= found | {"eval_seconds": seconds}
@@ -206,11 +207,11 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
                 if due or retry or time.monotonic() - saved_at > 60 * config.checkpoint.minutes:
                     save()
                     saved_at = time.monotonic()
-                if due and pictures and not stop.requested and budget.allows(last):
+                if due and pictures and not stop.requested and budget.allows("previews", last):
                     began = time.monotonic()
                     with jax.transfer_guard("allow"):
                         pictures.draw(step, state["ema"])
-                    clock.skip(budget.spent(time.monotonic() - began))
+                    clock.skip(budget.spent("previews", time.monotonic() - began))
                 if pictures:
                     for drawn_at, drawn in pictures.finished():
                         log.pictures(drawn_at, drawn)
@@ -317,21 +318,23 @@ class Budget:
     """Evaluation and previews together take at most a share of the time; the first minute is free, the last step's too."""
 
     def __init__(self, share: float):
-        self.share, self.total, self.latest, self.began, self.told = share, 0.0, 0.0, time.monotonic(), False
+        self.share, self.total, self.began, self.told = share, 0.0, time.monotonic(), False
+        self.latest: dict[str, float] = {}  # what each took the last time
 
-    def allows(self, last: bool) -> bool:
+    def allows(self, what: str, last: bool) -> bool:
         limit = max(FREE_SECONDS, self.share * (time.monotonic() - self.began))
-        allowed = last or self.total + self.latest <= limit
+        allowed = last or self.total + self.latest.get(what, 0.0) <= limit
         if not allowed and not self.told:
             self.told = True
             logging.info(
-                "Evaluation and previews have taken %.0f s, over train.eval_budget=%g of the time: they are made less "
-                "often than asked.", self.total, self.share,
+                "Evaluation and previews have taken %.0f s, and would take more than train.eval_budget=%g of the time: they are "
+                "made less often than asked.", self.total, self.share,
             )  # fmt: skip
         return allowed
 
-    def spent(self, seconds: float) -> float:
-        self.total, self.latest = self.total + seconds, seconds
+    def spent(self, what: str, seconds: float) -> float:
+        self.total += seconds
+        self.latest[what] = seconds
         return seconds
 
 

@@ -452,7 +452,7 @@ def test_evaluation_is_made_less_often_where_it_costs_more_than_its_share(path, 
     assert (
         evaluated[0] == 2 and evaluated[-1] == 20 and len(evaluated) == 2
     )  # the first is measured, the last is wanted
-    assert sum("over train.eval_budget=1e-06" in line for line in caplog.messages) == 1
+    assert sum("more than train.eval_budget=1e-06" in line for line in caplog.messages) == 1
 
 
 def test_damaged_data_end_the_run_with_everything_saved(tmp_path):
