@@ -56,8 +56,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[
     return rich_table(head, ([escape(cell) for cell in row] for row in rows), numbers)
 
 
-def rich_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
-    """A table of cells that are HTML already."""
+def rich_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = (), kind: str = "") -> str:
+    """A table of cells that are HTML already; kind "prose" gives the last column the most room."""
     right = set(numbers)
 
     def line(cells: Iterable[str], kind: str) -> str:
@@ -65,7 +65,7 @@ def rich_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iter
 
     top = f"<thead><tr>{line((escape(name) for name in head), 'th')}</tr></thead>" if any(head) else ""
     body = "".join(f"<tr>{line(cells, 'td')}</tr>" for cells in rows)
-    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll {kind}"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
 def tiles(pairs: Iterable[tuple[Any, str]]) -> str:
@@ -211,9 +211,9 @@ font-size:.76rem;text-align:center;line-height:1.25;padding:.2rem}
 .row>p{grid-column:1;font-size:.82rem;-webkit-line-clamp:4;padding-right:.6rem}
 .row figure{display:flex;flex-direction:column-reverse}.row figcaption{margin:0 0 .35rem}
 .row~.row figcaption{position:absolute;clip-path:inset(50%)}
-.row img{width:auto;max-width:100%;max-height:7.4rem}.row:not(.row~.row)>p{padding-top:1.2rem}}
+.row img{max-height:7.4rem;object-fit:contain;object-position:0 0}.row:not(.row~.row)>p{padding-top:1.2rem}}
 figure img{width:100%;display:block;border-radius:5px}
-.strip{margin:1.2rem 0}.strip>div{display:flex;gap:.6rem;flex-wrap:wrap}.strip figure{width:9.6rem}
+.strip{margin:1.2rem 0}.strip>div{display:flex;gap:.6rem;flex-wrap:wrap}.strip figure{width:9.3rem}
 .strip p{overflow-wrap:anywhere}
 .strip figcaption,.cards figcaption{line-height:1.3;padding-top:.25rem;font-size:.8rem;overflow-wrap:anywhere}
 .cards{display:grid;gap:1.2rem;grid-template-columns:repeat(auto-fill,minmax(min(46%,15rem),1fr))}
@@ -224,6 +224,7 @@ td,th{padding:.4rem 1.2rem .4rem 0;border-bottom:1px solid var(--line);vertical-
 td:last-child:not(.n){overflow-wrap:anywhere;min-width:8rem}
 .n{text-align:right;white-space:nowrap}td.n:last-child,th.n:last-child{padding-right:0}
 td:not(.n) .tag{margin:.05rem 0}
+@media(min-width:600px){.prose td:last-child{width:70%}}
 code{font:.85em ui-monospace,SFMono-Regular,Menlo,monospace;overflow-wrap:anywhere}
 pre{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem;overflow-x:auto;font-size:.8rem}
 iframe{width:100%;height:46rem;border:1px solid var(--line);border-radius:.5rem}

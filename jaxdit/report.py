@@ -25,6 +25,7 @@ from jaxdit.standing import Standing, look
 __all__ = ["escape", "page", "strip", "table", "update", "write"]  # the first four are what validate.py builds with
 
 CHANGES = 24  # rows of a table of what changed
+CALM = {"young": "Too few rows to know what is usual.", "hairy": "Usual for small batches: nothing to do."}
 CONDITIONS = ("time", "vision", "text", "null_vision", "null_text", "modulation", "cross_attention")
 
 
@@ -270,13 +271,14 @@ def history(run: Standing) -> str:
     rows = []
     for (step, name), end in reversed(list(zip(found, ends))[-CHANGES:]):
         level = health.VERDICTS.get(name, "unknown")
-        words = health.TROUBLES[name][2].format(back="go back to a step before it") if name in health.TROUBLES else ""
+        advice = health.TROUBLES[name][2] if name in health.TROUBLES else CALM.get(name, "")
+        words = advice.format(back="go back to a step before it")
         lasted = f"{end - step:,} steps" if end > step else "just now"
         rows.append([f"{step:,}", f'<span class="tag {escape(level)}">{escape(name)}</span>', lasted, escape(words)])
     left = len(found) - len(rows)
     more = f'<p class="faint">And {left:,} changes before these, in metrics.jsonl.</p>' if left > 0 else ""
     band = stretches(run.spans(health.VERDICTS), run.step)
-    return band + rich_table(["from step", "verdict", "for", "what to do"], rows, (0, 2)) + more
+    return band + rich_table(["from step", "verdict", "for", "what to do"], rows, (0, 2), "prose") + more
 
 
 def cost(run: Standing) -> str:
@@ -297,10 +299,8 @@ def cost(run: Standing) -> str:
 def cost_note(run: Standing) -> str:
     if not run.watts:
         return "Energy is not known: metrics.watts is not set."
-    return (
-        f"Energy is an estimate: hours times metrics.watts, {run.watts:,.0f} W. Nothing was measured. What is to come is at "
-        "the present rate."
-    )
+    words = f"Energy is an estimate: hours times metrics.watts, {run.watts:,.0f} W. Nothing was measured."
+    return words if run.done else f"{words} What is to come is at the present rate."
 
 
 def checkpoints(run: Standing) -> str:
@@ -356,7 +356,7 @@ def _hours(seconds: float) -> str:
 
 def _energy(run: Standing, seconds: float) -> str:
     kwh = seconds / 3.6e6 * run.watts
-    return f"{kwh:,.0f} kWh" if kwh >= 10 else f"{kwh:.2g} kWh"
+    return f"{kwh:,.0f} kWh" if kwh >= 10 else f"{kwh:.2g} kWh" if kwh >= 0.1 else f"{1000 * kwh:.2g} Wh"
 
 
 LOSS_NOTE = (

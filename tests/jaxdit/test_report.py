@@ -202,7 +202,7 @@ def test_health_checkpoints_changes_and_origin_are_told(long):
     first = (VOIDED[0] + 1) * EVERY
     assert f"{first + 800:,} sound {ROWS * EVERY - first - 800:,} steps" in said
     assert f"{first:,} voided 800 steps Look at the data" in said
-    assert "20 young 240 steps" in said
+    assert "20 young 240 steps Too few rows" in said
     assert "800,000 to go on, to sample 4.5 MB" in said and "700,000 to sample 1.5 MB" in said
     assert "optim.peak_learning_rate 0.0003 0.0002" in said
     assert "Gate pass, step 5,000" in said and "100,000 images in 2 buckets, /photographs/256" in said
@@ -244,7 +244,7 @@ def test_a_run_without_a_row_and_a_run_of_one(tmp_path):
     row = {"step": 1, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-5, "samples_seen": BATCH, "seconds": 40.0}
     said = words(safe(report.write(folder(tmp_path / "one", [row])).read_text()))
     assert "Step 1 of 1,000,000: 256 samples seen, 0.0026 passes over the data." in said
-    assert "Its rate is not known yet." in said and "so far 40 s 256 0.005 kWh" in said
+    assert "Its rate is not known yet." in said and "so far 40 s 256 5 Wh" in said
 
 
 def test_rows_of_older_runs_without_most_names(tmp_path):
