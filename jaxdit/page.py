@@ -230,6 +230,9 @@ pre{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padd
 iframe{width:100%;height:46rem;border:1px solid var(--line);border-radius:.5rem}
 details{margin:.4rem 0}summary{cursor:pointer;font-size:.9rem;color:var(--b);width:fit-content}
 @media(max-width:600px){main{padding:1.6rem 1rem 3rem}section{margin-top:2.4rem}td,th{padding-right:.8rem}
-th,th.n{white-space:normal}.health{flex-direction:column;gap:.4rem}.strip figure{width:calc(33.3% - .4rem)}}
+th,th.n{white-space:normal}
+.prose thead{display:none}.prose tr{display:flex;flex-wrap:wrap;align-items:baseline;border-bottom:1px solid var(--line);
+padding:.35rem 0}.prose td{border:0;padding:.1rem .8rem .1rem 0}.prose td:last-child{flex-basis:100%}.prose td:empty{display:none}
+.health{flex-direction:column;gap:.4rem}.strip figure{width:calc(33.3% - .4rem)}}
 @media print{section{break-inside:auto}figure,.row{break-inside:avoid}}
 """
