@@ -182,7 +182,7 @@ def _back_at_start(p: Past, margin: float) -> Found:
     if not best < p.start + log(0.75):
         return None
     for now, uncertain in _levels(p)[:2]:
-        if now > p.start + log(1 - 0.07 / margin) and now - best > 6 * margin * math.hypot(error_of_best, uncertain):
+        if now > p.start + log(1 - 0.07 / margin) and now - best > 8 * margin * math.hypot(error_of_best, uncertain):
             since = max(p.onset(p.loss[-3 * p.window :] > (p.start + best) / 2), step + 1)
             return (
                 f"loss {exp(now):.3g} is where it was at the start, after {exp(best):.3g} around step {step:,}",
@@ -197,9 +197,10 @@ def _unstable(p: Past, margin: float) -> Found:
         return None
     recent, limit = p.norm[-p.patience :], usual + margin * max(log(2.5), 3 * wide)
     shift = median(recent) - usual
-    # While the model discovers something the norm rises as the loss falls: no trouble unless it is huge.
+    # While the model discovers something the norm rises as the loss falls, and in the warm-up zero-initialised layers
+    # open: no trouble unless it is huge.
     falling = p.now < median(p.loss[-p.patience - RECENT : -p.patience]) + log(0.9)
-    if (recent > limit).mean() >= 0.75 and (not falling or shift > margin * log(10)):
+    if (recent > limit).mean() >= 0.75 and (not (falling or p.warming) or shift > margin * log(10)):
         since = p.onset(p.norm[-p.window :] > limit)
         words = f"gradient norm {exp(usual + shift):.3g}, {exp(shift):.3g} times the usual, stays since step"
         return f"{words} {since:,}", since
@@ -222,7 +223,7 @@ def _limit(p: Past, wide: float) -> float:
 def _lost_ground(p: Past, margin: float) -> Found:
     best, step, error_of_best = p.best
     for now, uncertain in _levels(p):
-        limit = margin * max(log(1.1), 6 * math.hypot(error_of_best, uncertain))
+        limit = margin * max(log(1.1), 8 * math.hypot(error_of_best, uncertain))
         if now - best > limit:
             since = max(p.onset(p.loss[-3 * p.window :] > best + limit / 2), step + 1)
             return f"loss {exp(now):.3g} since step {since:,}, after {exp(best):.3g} around step {step:,}", since
@@ -250,11 +251,10 @@ def _dying(p: Past, margin: float) -> Found:
 
 
 def _not_learning(p: Past, margin: float) -> Found:
-    if len(p.step) < 48 or p.step[-1] < 500 or not min(p.best[0], p.now) > p.start + log(1 - 0.06 / margin):
+    if len(p.step) < 48 or p.step[-1] < 500 or not min(p.best[0], p.now) > p.start + log(1 - 0.03 / margin):
         return None
-    rate = present(p.last(p.window, "learning_rate")[0])
-    if len(rate) > 1 and rate[-1] > rate[0] and p.step[-1] < 2_000:
-        return None  # still warming up
+    if p.warming and p.step[-1] < 2_000:
+        return None
     return f"after {p.step[-1]:,} steps the loss is {exp(p.now):.3g}, as at the start", int(p.step[0])
 
 
@@ -306,7 +306,7 @@ def _uneven(p: Past, margin: float) -> Found:
     if rows < 16:
         return None
     mean = median(p.loss[-rows:])
-    falling = mean <= median(p.loss[-2 * rows : -rows])
+    before = median(p.loss[-2 * rows : -rows])
     with np.errstate(divide="ignore", invalid="ignore"):
         bins = np.log(p.last(2 * rows, *(f"loss_t/{k}" for k in range(10))))
     for k, values in enumerate(bins):
@@ -314,11 +314,10 @@ def _uneven(p: Past, margin: float) -> Found:
         if min(len(old), len(new)) < 16:
             continue
         level, where = median(new), f"loss of t in [{k / 10:g}, {(k + 1) / 10:g})"
-        rise = level - median(old)
-        if falling and rise > margin * log(1.2):
-            if rise > 6 * margin * math.hypot(error(old, len(old)), error(new, len(new))):
-                return f"{where} has risen by {math.expm1(rise):.0%} while the mean falls", int(p.step[-rows])
-            continue
+        rise = level - median(old) - max(mean - before, 0.0)
+        if rise > margin * max(log(1.2), 6 * math.hypot(error(old, len(old)), error(new, len(new)))):
+            words = f"{where} has risen from {exp(median(old)):.3g} to {exp(level):.3g}, the mean went from {exp(before):.3g}"
+            return f"{words} to {exp(mean):.3g}", int(p.step[-rows])
         # Of a bin that lags behind, a seventh of what the mean has gained; of one that is only slower, more.
         least = max(log(1 - 0.1 / margin), log(1 - 0.15 / margin * -math.expm1(mean - p.start)))
         if p.step[-1] >= 500 and mean < p.start + log(0.65) and level - 2 * error(new, len(new)) > p.start + least:
@@ -344,20 +343,20 @@ def _jumps(p: Past, margin: float) -> float | None:
     return size if size > 0.4 * margin else None
 
 
-LESS = "Lower optim.peak_learning_rate to"
+LESS = "optim.peak_learning_rate to"
 TROUBLES: dict[str, tuple[str, Callable[[Past, float], Found], str]] = {  # name: level, check, advice; the worst first
-    "voided": ("act", _voided, "Look at the data of those steps. " + LESS + " a half and {back}."),
+    "voided": ("act", _voided, "Look at the data of those steps. Lower " + LESS + " a half and {back}."),
     "data changed": ("act", _data_changed, "Look at the data and its statistics, then {back}."),
-    "diverged": ("act", _diverged, "Stop. " + LESS + " a third and {back}."),
-    "collapsed": ("act", _collapsed, "Stop. " + LESS + " a third and {back}."),
+    "diverged": ("act", _diverged, "Stop. Lower " + LESS + " a third and {back}."),
+    "collapsed": ("act", _collapsed, "Stop. Lower " + LESS + " a third and {back}."),
     "back at the start": (
         "act",
         _back_at_start,
         "The weights are lost, by a bad resume or too high a rate. Stop and {back}.",
     ),
-    "unstable": ("act", _unstable, "It seldom mends itself. " + LESS + " a half and {back}."),
-    "lost ground": ("act", _lost_ground, "Unless it falls again: " + LESS + " a half and {back}."),
-    "dying": ("act", _dying, "Layers are dead or saturated. " + LESS + " a half and {back}."),
+    "unstable": ("act", _unstable, "It seldom mends itself. Lower " + LESS + " a half and {back}."),
+    "lost ground": ("act", _lost_ground, "If it does not fall again, lower " + LESS + " a half and {back}."),
+    "dying": ("act", _dying, "Layers are dead or saturated. Lower " + LESS + " a half and {back}."),
     "not learning": (
         "act",
         _not_learning,

@@ -106,6 +106,12 @@ class Past:
         return median(self.loss[-self.patience :]) if len(self.loss) >= self.patience else math.nan
 
     @cached_property
+    def warming(self) -> bool:
+        """Whether the learning rate is still rising."""
+        rate = present(self.last(self.window, "learning_rate")[0])
+        return len(rate) > 1 and rate[0] < rate[-1] == rate.max()
+
+    @cached_property
     def first_targets(self) -> np.ndarray:
         """[up to 50] log root mean square of the targets at the start of the view; those that are known."""
         if "first" not in self._read:
@@ -185,8 +191,8 @@ def noise(values: np.ndarray) -> float:
 
 
 def error(values: np.ndarray, count: int) -> float:
-    """Standard error of the median of `count` values that are as noisy as these."""
-    return 1.2533 * noise(values) / math.sqrt(count)
+    """Standard error of the median of `count` values that are as noisy as these; larger while these are few."""
+    return 1.2533 * noise(values) / math.sqrt(count) * (1 + 8 / max(len(values), 1))
 
 
 def present(values: np.ndarray) -> np.ndarray:
