@@ -11,6 +11,7 @@ import logging
 import shutil
 import signal
 import time
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,9 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
         batches.set_state(position)
     folder.check_space(workdir, 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
 
-    log = metrics.Metrics(workdir, step, wandb=config.metrics.wandb, config=json.loads(config.to_json_best_effort()))
-    rows = metrics.read(workdir)[-JUDGED:]
+    known = json.loads(config.to_json_best_effort())
+    log = metrics.Metrics(workdir, step, wandb=config.metrics.wandb, config=known)
+    rows = list(deque(metrics.rows(workdir), JUDGED))
     clock = metrics.Clock(
         start_seconds=log.seconds,
         peak=estimate.peak_flops(jax.devices()[0].device_kind, settings["dtype"], jax.device_count()),
@@ -142,7 +144,8 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
             pending = None
         log.sync()
         with jax.transfer_guard("allow"):  # the copy to the host is what saving is
-            saver.save(step, *_split_ema(state), {"position": position, "step": step, "seconds": clock.seconds})
+            kept = {"position": position, "metrics": {"step": step, "seconds": clock.seconds}, "config": known}
+            saver.save(step, *_split_ema(state), kept)
         report.update(workdir)
         clock.skip(time.monotonic() - began)
 
@@ -246,6 +249,8 @@ def begin(config, workdir, settings, optimizer, saver, shapes, everywhere):
     restored = saver.restore(*_split_ema(wanted))
     if restored is not None:
         step, rest, ema, kept = restored
+        now = json.loads(config.to_json_best_effort())
+        folder.refuse_fixed(saver.folder / str(step), folder.changed_fields(kept["config"], now))
         logging.info("Going on at step %d of %d in %s.", step, config.train.total_steps, workdir)
         return step, rest | {"ema": ema}, kept["position"]
     source = origin.read(workdir)

@@ -146,7 +146,7 @@ def claim(
             for name in STARTS:
                 before["train"][name] = now["train"][name]
             differences = changed_fields(before, now)
-            _refuse_fixed(other, differences)
+            refuse_fixed(other, differences)
             _record(workdir, differences)
             copy = json.loads((other / "dataset.json").read_text())
             dataset = _same_data(other, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
@@ -160,7 +160,7 @@ def claim(
         raise InputError(f"{path} cannot be read as JSON ({error}); restore it, or name a new --workdir.") from error
     now["train"]["gate"] = before["train"]["gate"]  # looked at when the folder was begun, and never again
     differences = changed_fields(before, now)
-    _refuse_fixed(workdir, differences)
+    refuse_fixed(workdir, differences)
     copy = json.loads((workdir / "dataset.json").read_text())
     dataset = _same_data(workdir, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
     if differences:
@@ -178,7 +178,8 @@ def _record(workdir: Path, differences: list[tuple[str, Any, Any]]) -> None:
             logging.info("Changed since the last start: %s from %s to %s.", name, old, new)
 
 
-def _refuse_fixed(workdir: Path, differences: list[tuple[str, Any, Any]]) -> None:
+def refuse_fixed(workdir: Path, differences: list[tuple[str, Any, Any]]) -> None:
+    """InputError that names the first of `changed_fields` that is fixed for the life of a working folder."""
     for name, old, new in differences:
         if any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED):
             raise InputError(

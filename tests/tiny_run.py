@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from configs import quickstart
 from jaxdit import checkpoint, metrics, model, trained
@@ -55,6 +56,13 @@ def run(*arguments, **changes):
 def weights(workdir, raw=False):
     _, shapes = model.abstract(trained.model_settings(tiny("")["model"], WIDTHS))
     return checkpoint.restore_weights(workdir, shapes, raw=raw)
+
+
+def whole_state(workdir, step=20):
+    """Parameters, moments and counts of a saved step, as they lie on the disk; and its averaged weights."""
+    folder = workdir.resolve() / "checkpoints" / str(step)
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    return [jax.tree.map(np.asarray, reader.restore(folder / item)) for item in ("state", "ema")]
 
 
 def assert_same(ours, theirs):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import make_data
 import numpy as np
 import pytest
-from tiny_run import ROOT, WIDTHS, assert_same, command, curve, run, tiny, weights
+from tiny_run import ROOT, WIDTHS, assert_same, command, curve, run, tiny, weights, whole_state
 
 from configs import full, nano, quickstart
 from encode.records import InputError, only_one
@@ -57,10 +57,31 @@ def test_resume_is_bit_identical_after_sigkill_at_random_points(path, undisturbe
     assert curve(workdir, "loss", "grad_norm", "learning_rate") == curve(
         undisturbed, "loss", "grad_norm", "learning_rate"
     )
-    for raw in (False, True):
-        (step, ours), (other, theirs) = weights(workdir, raw), weights(undisturbed, raw)
-        assert step == other == 20
-        assert_same(ours, theirs)
+    assert_same(whole_state(workdir), whole_state(undisturbed))  # parameters, moments, counts, averaged weights
+
+
+def test_twenty_steps_and_twenty_more_are_forty(path, tmp_path, monkeypatch):
+    options = {"train.total_steps": 40, "data.holdout_fraction": 0.3, "train.eval_every": 10, "train.eval_images": 4}
+    assert train.train(tiny(path, **options), tmp_path / "whole") == "done"
+
+    def stop_at_twenty(self, values):
+        tell(self, values)
+        if values["step"] == 20:
+            signal.raise_signal(signal.SIGTERM)
+
+    tell = train.Teller.tell
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Teller, "tell", stop_at_twenty)
+        assert train.train(tiny(path, **options), tmp_path / "halves") == "stopped"
+    assert checkpoint.saved_steps(tmp_path / "halves")[-1] in (20, 21)  # a step is told when the next has begun
+    assert train.train(tiny(path, **options), tmp_path / "halves") == "done"
+    assert_same(whole_state(tmp_path / "halves", 40), whole_state(tmp_path / "whole", 40))
+    passing = {"images_per_second", "data_wait_fraction", "seconds", "eval_seconds", "mfu"}
+    ours, theirs = (
+        [{name: value for name, value in row.items() if name not in passing} for row in metrics.read(tmp_path / part)]
+        for part in ("halves", "whole")
+    )
+    assert ours == theirs and [row["step"] for row in ours] == list(range(1, 41))
 
 
 def test_sigterm_saves_and_the_rest_of_the_run_is_the_same(path, undisturbed, tmp_path):
