@@ -96,6 +96,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "references": (),
             },
             "metrics": {"wandb": "", "watts": 450.0},  # the card's limit; measure at the wall for a better number
-            "health": {},
+            "health": {"window": 200, "spike": 8.0, "patience": 8},  # as explained in jaxdit/health.py
         }
     )

@@ -73,6 +73,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "references": (),
             },
             "metrics": {"wandb": "", "watts": 450.0},
-            "health": {},
+            "health": {"window": 200, "spike": 8.0, "patience": 8},
         }
     )

@@ -74,6 +74,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "references": (),
             },
             "metrics": {"wandb": "", "watts": 60.0},
-            "health": {},
+            "health": {"window": 200, "spike": 8.0, "patience": 8},
         }
     )

@@ -21,6 +21,7 @@ import numpy as np
 
 from encode.records import DatasetError, InputError, only_one
 from jaxdit import (
+    boards,
     checkpoint,
     data,
     estimate,
@@ -70,8 +71,11 @@ def train(config: Any, workdir: str | Path) -> str:
     try:
         mesh.compute_dtype(config.model.dtype)
         optim.warmup_updates(config.optim.warmup_steps, config.train.total_steps)
+        health.judge([], **config.health)
     except ValueError as error:
         raise InputError(str(error)) from error
+    if config.metrics.wandb:
+        boards.wandb_library(config.metrics.wandb)  # that it is missing is said now
     dataset = data.Dataset(
         config.data.path,
         holdout_fraction=config.data.holdout_fraction,

@@ -529,6 +529,9 @@ def test_memory_is_flat_over_three_epochs_of_twelve_buckets(tmp_path, monkeypatc
     [
         ({"model.heads": 0}, "model.heads=0 must be above 0"),
         ({"train.batch_size": 0}, "train.batch_size=0 must be above 0"),
+        ({"health.window": 2}, "health.window=2"),
+        ({"train.eval_budget": 512.0}, "train.eval_budget=512.0 is a share of the time"),
+        ({"train.init_weights": "best"}, "train.init_weights=best: choose ema or raw"),
         ({"optim.ema_decay": 1.0}, r"optim.ema_decay=1.0 must lie in \[0, 1\)"),
         ({"optim.peak_learning_rate": 0.0}, "optim.peak_learning_rate=0.0 must be above 0"),
     ],
