@@ -332,7 +332,7 @@ def _spike(p: Past, margin: float) -> Found:
     # Nearly no margin: a spike is spoken of for RECENT rows, not for as long as there are hairs.
     if not len(recent) or not recent[at] > usual + _limit(p, wide) * (0.9 + 0.1 * (margin == 1)):
         return None
-    returned = "; it has come back" if at < len(recent) - 1 else ""
+    returned = "; it has come back" if recent[-1] < usual + _limit(p, wide) / 2 else ""
     step, times = int(p.step[-RECENT:][at]), exp(recent[at] - usual)
     return f"gradient norm {exp(recent[at]):.3g} at step {step:,}, {times:.3g} times the usual{returned}", step
 

@@ -247,8 +247,8 @@ def test_only_the_runs_own_past_counts(scale):
 
 def test_a_rise_of_the_norm_that_comes_with_learning_or_over_the_whole_run_is_sound():
     columns = sound(8, noise=0.2)
-    usual = np.median(columns["grad_norm"][20:150])
-    columns["grad_norm"][150:190] = 7 * usual
+    columns["grad_norm"] = np.exp(0.2 * np.random.default_rng(0).standard_normal(300))
+    columns["grad_norm"][150:190] *= np.interp(np.arange(40), [0, 15, 40], [1, 7, 4])
     columns["loss"][150:] *= np.maximum(np.exp(-0.04 * np.arange(len(columns["loss"]) - 150)), 0.2)
     assert not {"unstable", "dying", "lost ground"} & set(names(rows_of(columns), 140)[:40])
     columns = sound(9, noise=0.2)
@@ -287,15 +287,31 @@ def test_a_norm_that_falls_with_the_loss_is_no_death_and_a_common_rise_no_memory
     assert "memorising" not in names(rows_of(columns), 150, 10)
 
 
-def test_a_verdict_does_not_flap_around_its_limit():
-    """Losses that go up and down across the limit of `lost ground`, norms across that of `unstable`."""
-    for seed, (column, middle) in itertools.product(range(3), (("loss", 1.35), ("grad_norm", 2.6))):
+@pytest.mark.parametrize(
+    "column, times, wave, noise, most", [("loss", 1.15, 0.0, 0.15, 24), ("grad_norm", 3.0, 0.12, 0.02, 8)]
+)
+def test_a_verdict_does_not_flap_around_its_limit(column, times, wave, noise, most):
+    """Losses about the limit of `lost ground`, norms about that of `unstable`; three runs of 200 rows."""
+    total = 0
+    for seed in range(3):
         columns = sound(seed, noise=0.08, rows=420)
         after = np.arange(len(columns["step"]) - 200)
-        level = np.median(columns[column][150:200]) * middle * np.exp(0.12 * np.sin(after / 4))
-        columns[column][200:] = level * np.exp(0.02 * np.random.default_rng(seed).standard_normal(len(after)))
-        found = [name for name in names(rows_of(columns), 200) if name != "spike"]
-        assert changes(found) <= 4, (column, [name for name, _ in itertools.groupby(found)])
+        level = np.median(columns[column][150:200]) * times * np.exp(wave * np.sin(after / 4))
+        columns[column][200:] = level * np.exp(noise * np.random.default_rng(seed).standard_normal(len(after)))
+        total += changes([name for name in names(rows_of(columns), 200) if name != "spike"])
+    assert total <= most  # 42 and 16 without `hold`
+
+
+def test_a_bin_is_held_against_the_mean():
+    columns = sound(20, noise=0.3)
+    assert "uneven" not in names(rows_of(columns), 180, 10)
+    for name in ("loss", *(f"loss_t/{k}" for k in range(10))):
+        columns[name][180:] *= 1.3
+    for k in range(10):
+        columns[f"loss_t/{k}"] = columns["loss"] * np.exp(0.05 * np.random.default_rng(k).standard_normal(300))
+    assert "uneven" not in names(rows_of(columns), 180, 10)
+    columns["loss_t/5"][180:] *= 1.3
+    assert "uneven" in names(rows_of(columns), 180, 10)
 
 
 def test_projections_may_be_late_and_null_tokens_may_rest():
@@ -390,7 +406,8 @@ def test_healthy_noise_raises_no_alarm():
 )
 def test_noise_that_once_raised_an_alarm(seed, rows, spacing):
     """Losses with heavy tails and some memory: few rows of them say little about the level, and less about the noise."""
-    found = names(rows_of(sound(seed, rows=rows, spacing=spacing)), 8, 1 if rows < 200 else 5)
+    rows = rows_of(sound(seed, rows=rows, spacing=spacing))
+    found = names(rows[:80], 8) + names(rows, 81, 5)
     assert "act" not in {health.VERDICTS[name] for name in found}
 
 
@@ -422,6 +439,9 @@ def at_step(name):
 
 
 def test_a_recorded_spike_is_spoken_of_for_twenty_rows():
+    rows = recorded("spike")
+    words = [health.judge([row for row in rows if row["step"] <= step]).words for step in (601, 602)]
+    assert "come back" not in words[0].split(". ")[0] and "it has come back" in words[1]
     verdicts = at_step("spike")  # one update at thirty times the size, then all is as before
     assert [step for step, name in verdicts.items() if name == "spike"] == list(range(601, 621))
     assert {health.VERDICTS[name] for name in verdicts.values() if name != "spike"} == {"good"}
