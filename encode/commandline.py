@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,35 +78,68 @@ def fail(message: str, code: int = 1) -> int:
 def _parse(default: str | None) -> Any:
     """The configuration with its overrides; what cannot be understood is an InputError that names the nearest field."""
     arguments = list(sys.argv)
-    if default and not any(re.match(r"--?config(=|$)", argument) for argument in arguments):
-        arguments.insert(
-            1, f"--config={default}"
-        )  # as the flag's default, overrides would be judged while it is defined
     try:
+        arguments = flags.FLAGS.read_flags_from_files(arguments, force_gnu=False)
+        given = [argument for argument in arguments if re.match(r"--?config(=|$)", argument)]
+        if len(given) > 1:
+            raise InputError(f"{' '.join(given)}: --config is given twice; leave one.")
+        if default and not given:
+            given = [f"--config={default}"]
+            arguments.insert(1, given[0])  # as the flag's default, overrides would be judged while it is defined
         holder = config_flags.DEFINE_config_file("config", lock_config=True) if default else None
         rest = flags.FLAGS(arguments)
         config = holder.value if holder is not None else None
         if holder is not None:
             _ = config.is_locked  # a file that could not be loaded says so only when it is used
     except flags.Error as error:
-        words = str(error).strip()
+        words = str(error).strip().removeprefix("ERROR:: ")
         if "Traceback" in words:  # a configuration file that refuses its argument, as in FILE:ARG, or that is broken
             words = words.splitlines()[-1].split(": ", 1)[-1]
         raise InputError(words) from error
-    except (AttributeError, KeyError) as error:
-        words = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\n", " ").replace("\\", "")
-        field = re.search(r"instead of \"(\w+)\"", words)
-        nearest = re.search(r"Did you mean \"(\w+)\"", words)
-        given = next((a for a in sys.argv[1:] if field and field.group(1) in a), " ".join(sys.argv[1:]))
-        bare = words.strip("\"' ")
-        advice = f"the nearest is {nearest.group(1)!r}" if nearest else f"{bare} is not in it, nor anything like it"
-        raise InputError(f"{given}: the configuration has no such field; {advice}.") from error
+    except InputError:
+        raise
     except OSError as error:
-        given = next(argument for argument in arguments if re.match(r"--?config(=|$)", argument))
-        raise InputError(f"{given}: no such configuration file, or it cannot be read.") from error
+        raise InputError(f"{given[0]}: no such configuration file, or it cannot be read.") from error
+    except Exception as error:  # an unknown field, or whatever a configuration file of one's own meets
+        raise InputError(_unknown_field(arguments)) from error
     if rest[1:]:
         raise InputError(f"{' '.join(rest[1:])}: not understood; fields are given as --config.section.field=value.")
     return config
+
+
+def _unknown_field(arguments: list[str]) -> str:
+    """The first override of a field that the configuration file has not, and the field that it is nearest to.
+
+    Or, where the file alone cannot be loaded either, what it fails with.
+    """
+    file = next(k for k, argument in enumerate(arguments) if re.match(r"--?config(=|$)", argument))
+    alone = [arguments[0], *arguments[file : file + 1 + ("=" not in arguments[file])]]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=alone)
+    try:
+        values(alone)
+        fields = _fields(holder.value.to_dict())
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        words = f"{type(error).__name__}: {error}; {Path(place.filename).name}, line {place.lineno}"
+        return f"{' '.join(alone[1:])}: this file is no configuration ({words})."
+    for argument in arguments:
+        override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        name = override[1] if override else ""
+        if name and not any(f"{field}.".startswith(f"{name}.") for field in fields):
+            namesakes = [field for field in fields if field.split(".")[-1] == name.split(".")[-1]]
+            near = difflib.get_close_matches(name, namesakes, 1, 0.0) or difflib.get_close_matches(name, fields, 1)
+            advice = f"; the nearest is {near[0]!r}" if near else ", nor anything like it"
+            return f"{argument}: the configuration has no such field{advice}."
+    return f"{' '.join(arguments[1:])}: the configuration cannot be overridden like this."
+
+
+def _fields(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of all that can be overridden."""
+    names = []
+    for name, value in values.items():
+        names += _fields(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [prefix + name]
+    return names
 
 
 def refuse_url(field: str, value: str) -> None:

@@ -43,10 +43,7 @@ class Checkpoints:
         self.folder = Path(workdir).resolve() / "checkpoints"
         self.every, self.keep = every, keep
         self.failures = 0  # saves in a row that did not land
-        for leftover in [*self.folder.glob(".*.removed"), *self.folder.glob("*.orbax-checkpoint-tmp*")]:
-            shutil.rmtree(
-                leftover, ignore_errors=True
-            )  # of a process that was killed; the folder is locked, so not in use
+        self._sweep()  # of a process that was killed; the folder is locked, so not in use
         self._writer, self._landing = _writer(), None
 
     def steps(self, item: str = "state") -> list[int]:
@@ -108,13 +105,14 @@ class Checkpoints:
             message = f"{self.folder}: a checkpoint could not be saved ({_first_line(error)}). {self._last_good()}"
             with contextlib.suppress(Exception):
                 self._writer.close()
+            self._sweep()  # on a full disk, the half that was written is what the next save needs
             self._writer = _writer()
             if self.failures >= FAILURES:
                 raise SaveFailed(message) from error
             logging.error("%s The run goes on and tries again.", message)
 
     def _last_good(self) -> str:
-        complete = self.steps()
+        complete = self._resumable()
         last = f"step {complete[-1]}" if complete else "none"
         return f"The last complete one is {last}; make room or mend the disk, and start again to go on."
 
@@ -133,7 +131,14 @@ class Checkpoints:
         Raises:
           InputError: a checkpoint of another model, or none of the saved ones can be read.
         """
-        steps = [step for step in self.steps() if self._complete(step)]
+        steps = self._resumable()
+        parts = sorted({*self.steps(), *self.steps("ema")})
+        if parts and not steps:  # a kill leaves none or a whole one: starting anew would throw away what is left
+            raise InputError(
+                f"{self.folder}: none of the steps {', '.join(map(str, parts))} has all of {', '.join(ITEMS)}, so none can be "
+                "gone on from; bring the missing folders back, or start a new --workdir from the averaged weights with "
+                "--config.train.init_from."
+            )
         damaged: list[int] = []
         for step in reversed(steps):
             check_shapes(self.folder / str(step) / "state", state)
@@ -154,6 +159,9 @@ class Checkpoints:
     def _complete(self, step: int) -> bool:
         return all((self.folder / str(step) / item).is_dir() for item in ITEMS)
 
+    def _resumable(self) -> list[int]:
+        return [step for step in self.steps() if self._complete(step)]
+
     def _set_aside(self, steps: list[int]) -> None:
         """Rename what could not be read, so that the step can be saved again."""
         for step in steps:
@@ -161,8 +169,13 @@ class Checkpoints:
             os.rename(self.folder / str(step), aside)
             logging.warning("Step %d is kept as %s; remove it when it is not wanted.", step, aside)
 
+    def _sweep(self) -> None:
+        """Remove what was never finished, written or removed."""
+        for leftover in [*self.folder.glob(".*.removed"), *self.folder.glob("*.orbax-checkpoint-tmp*")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+
     def _prune(self) -> None:
-        resumable = self.steps("state")
+        resumable = self._resumable()  # one that lost a part must not push a whole one out
         snapshots = [step for step in self.steps("ema") if step % self.every == 0]
         long = {step for step in snapshots if step % LONG_INTERVAL == 0}
         wanted = set(resumable[-self.keep :]) | set(snapshots[-SNAPSHOTS:]) | long
@@ -219,13 +232,20 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
     item = "state" if raw else "ema"
     steps = saved_steps(workdir, item)
     if not steps or (step is not None and step not in steps):
+        others = saved_steps(workdir, "ema" if raw else "state")
+        if others and (step is None or step in others):
+            kind = "raw" if raw else "averaged"
+            raise InputError(
+                f"{workdir}/checkpoints/{others[-1] if step is None else step}: its {kind} weights (the folder {item}) are "
+                f"missing; steps that have them: {', '.join(map(str, steps)) or 'none'}."
+            )
         if not steps:
             raise InputError(f"{workdir}: no checkpoint has been saved yet; train first, with the same --workdir.")
         raise InputError(f"{workdir}: step {step} wanted, found steps {', '.join(map(str, steps))}; name one of them.")
     step = steps[-1] if step is None else step
     folder = Path(workdir).resolve() / "checkpoints" / str(step) / item
     target = {"params": shapes} if raw else shapes
-    check_shapes(folder, target)
+    check_shapes(folder, target, whole=not raw)
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), target)
@@ -241,8 +261,13 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
     return step, weights["params"] if raw else weights
 
 
-def check_shapes(folder: Path, target: Any) -> None:
+def check_shapes(folder: Path, target: Any, *, whole: bool = True) -> None:
     """Refuse a checkpoint whose arrays differ from `target`'s: Orbax restores another depth without a word.
+
+    Args:
+      folder: of one item of one step.
+      target: tree of arrays or shapes.
+      whole: the folder is to hold nothing else; False: only the first names of target's paths are looked at.
 
     Raises:
       InputError: names the first differing array and both shapes.
@@ -253,8 +278,14 @@ def check_shapes(folder: Path, target: Any) -> None:
         logging.warning("%s: its description cannot be read (%s).", folder, _first_line(error))
         return
     saved = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(target):
-        name = _names(path)
+    wanted = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
+    parts = {name[0] for name in wanted}
+    for name in sorted(saved.keys() - wanted.keys()):
+        if whole or name[0] in parts:
+            raise InputError(
+                f"{folder}: the array {'.'.join(name)} is one too many; this checkpoint is of another model."
+            )
+    for name, leaf in wanted.items():
         if name not in saved:
             raise InputError(f"{folder}: the array {'.'.join(name)} is missing; this checkpoint is of another model.")
         if tuple(saved[name].shape) != tuple(leaf.shape) or np.dtype(saved[name].dtype) != np.dtype(leaf.dtype):

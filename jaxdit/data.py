@@ -98,9 +98,16 @@ class Dataset:
         self.mean, self.std = (np.asarray(info[name], np.float32) for name in ("latent_mean", "latent_std"))
 
     def _text_lengths(self, wanted: Sequence[int] | None) -> tuple[int, ...]:
-        longest = max(
-            int(max(rows["text_length"].max(), rows["text_flip_length"].max())) for rows in self.index.values()
-        )
+        longest, most = 0, self.info["text_longest"]
+        for name, rows in self.index.items():
+            lengths = np.maximum(rows["text_length"], rows["text_flip_length"])
+            longest = max(longest, int(lengths.max()))
+            if longest > most:
+                (shard,) = self._shards(name, [int(lengths.argmax())])
+                raise records.DatasetError(
+                    f"{records.index_path(self.path, name, shard)} has a caption of {longest} tokens, dataset.json says {most} "
+                    "at most; python -m encode.doctor tells which is damaged."
+                )
         if not wanted:
             return (math.ceil(longest / TEXT_MULTIPLE) * TEXT_MULTIPLE,)
         if max(wanted) < longest:
@@ -123,9 +130,9 @@ class Dataset:
           zero-padded; text_length [batch] int32; vision [batch, width] float32; mask [batch, h, w] uint8 only where the
           bucket holds padded pictures.
         """
-        index = self.index[bucket][rows]
+        index, samples = self.index[bucket][rows], self.records(bucket, rows)
+        self._agree(bucket, rows, samples)
         flips = np.asarray(flips, bool) & (index["flags"] & records.CAN_FLIP).astype(bool)
-        samples = self.records(bucket, rows)
         suffix = np.where(flips, "_flip", "")
         latent = np.stack([sample["latent" + end] for sample, end in zip(samples, suffix)]).astype(np.float32)
         texts = [
@@ -155,12 +162,26 @@ class Dataset:
         except Exception as error:
             raise records.DatasetError(self._name_damage(bucket, rows, error)) from error
 
-    def _name_damage(self, bucket: str, rows: np.ndarray, error: Exception) -> str:
+    def _agree(self, bucket: str, rows: np.ndarray, samples: Sequence[Mapping[str, Any]]) -> None:
+        """An index has no checksum as a record has: a damaged one would flip what must not be, or hold out another image."""
+        found = records.index_rows([{**sample, "pixel_hash": sample["pixel_hash"].decode()} for sample in samples])
+        wrong = np.flatnonzero(found != self.index[bucket][rows])
+        if len(wrong):
+            (shard,) = self._shards(bucket, [int(np.asarray(rows)[wrong[0]])])
+            raise records.DatasetError(
+                f"{records.index_path(self.path, bucket, shard)} says otherwise than the record of {samples[wrong[0]]['id']} in "
+                f"{records.shard_path(self.path, bucket, shard).name}; python -m encode.doctor tells which is damaged."
+            )
+
+    def _shards(self, bucket: str, rows: Sequence[int] | np.ndarray) -> list[int]:
+        """The shards that hold these records, ascending."""
         ends = np.cumsum(
             [len(records.read_index(self.path, bucket, k)) for k in range(self.info["buckets"][bucket]["shards"])]
         )
-        suspects = sorted({int(np.searchsorted(ends, row, side="right")) for row in rows})
-        names = ", ".join(str(records.shard_path(self.path, bucket, shard)) for shard in suspects)
+        return sorted({int(np.searchsorted(ends, row, side="right")) for row in rows})
+
+    def _name_damage(self, bucket: str, rows: np.ndarray, error: Exception) -> str:
+        names = ", ".join(str(records.shard_path(self.path, bucket, shard)) for shard in self._shards(bucket, rows))
         return f"cannot read a record of {names}: {error}; remove the damaged shard with its index and encode again."
 
     def fixed_batches(

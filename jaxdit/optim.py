@@ -16,10 +16,12 @@ def warmup_updates(warmup_steps: int | None, total_steps: int) -> int:
     """Length of the warm-up: warmup_steps, or min(5,000, total // 10) where it is None.
 
     Raises:
-      ValueError: an explicit warm-up over a tenth of the run.
+      ValueError: an explicit warm-up over a tenth of the run, or below 0.
     """
     if warmup_steps is None:
         return min(5_000, total_steps // 10)
+    if warmup_steps < 0:
+        raise ValueError(f"optim.warmup_steps={warmup_steps} must not be below 0; 0 means none.")
     if warmup_steps > total_steps // 10:
         raise ValueError(
             f"optim.warmup_steps={warmup_steps} is more than a tenth of train.total_steps={total_steps}; take at most "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -43,8 +44,13 @@ def check(config: Any, devices: int) -> None:
     c = config
     for section, names in POSITIVE.items():
         for name in names:
-            if c[section][name] <= 0:
+            if not c[section][name] > 0:
                 raise InputError(f"{section}.{name}={c[section][name]} must be above 0.")
+    for section in ("flow", "optim"):
+        for name, value in c[section].items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{section}.{name}={value} is not a finite number.")
+    shares = {name: c.flow[name] for name in ("drop_both", "drop_text", "drop_vision")}
     rules = [
         (bool(c.data.path), "data.path is empty; set --config.data.path=OUT/RES, a folder that encode.main wrote."),
         (
@@ -69,11 +75,18 @@ def check(config: Any, devices: int) -> None:
         ),
         (c.model.remat in ("none", "block"), f"model.remat={c.model.remat}: choose none or block."),
         (
-            0 <= c.flow.drop_both + c.flow.drop_text + c.flow.drop_vision <= 1,
-            "flow.drop_both + flow.drop_text + flow.drop_vision must lie between 0 and 1.",
+            min(shares.values()) >= 0 and sum(shares.values()) <= 1,
+            f"flow.drop_both, drop_text and drop_vision are {list(shares.values())}: shares of the samples, none may be below 0, "
+            "nor all together above 1.",
         ),
         (0 <= c.flow.flip <= 1, f"flow.flip={c.flow.flip} is a probability."),
         (0 <= c.data.holdout_fraction < 1, f"data.holdout_fraction={c.data.holdout_fraction} must lie in [0, 1)."),
+        (
+            all(isinstance(length, int) and length > 0 for length in c.data.text_lengths or ()),
+            f"data.text_lengths={tuple(c.data.text_lengths or ())}: whole numbers above 0 as in (64,128), or () for one length.",
+        ),
+        (0 <= c.train.seed < 2**32, f"train.seed={c.train.seed} must lie in [0, 2**32)."),
+        (c.train.eval_every >= 0, f"train.eval_every={c.train.eval_every} must not be below 0; 0 means never."),
         (
             not c.train.eval_every or c.data.holdout_fraction > 0,
             f"train.eval_every={c.train.eval_every} needs data.holdout_fraction above 0: there is nothing to evaluate on.",
@@ -93,7 +106,13 @@ def check(config: Any, devices: int) -> None:
         ),
         (c.sample.previews >= 0, f"sample.previews={c.sample.previews} must not be below 0."),
         (0 <= c.optim.ema_decay < 1, f"optim.ema_decay={c.optim.ema_decay} must lie in [0, 1)."),
-        (c.optim.end_learning_rate >= 0, f"optim.end_learning_rate={c.optim.end_learning_rate} must not be below 0."),
+        (
+            0 <= c.optim.end_learning_rate <= c.optim.peak_learning_rate,
+            f"optim.end_learning_rate={c.optim.end_learning_rate} must lie between 0 and "
+            f"optim.peak_learning_rate={c.optim.peak_learning_rate}: the learning rate falls.",
+        ),
+        (0 <= c.optim.b1 < 1 and 0 <= c.optim.b2 < 1, f"optim.b1={c.optim.b1} and optim.b2={c.optim.b2} must lie in [0, 1)."),
+        (c.optim.weight_decay >= 0, f"optim.weight_decay={c.optim.weight_decay} must not be below 0."),
     ]  # fmt: skip
     for holds, message in rules:
         if not holds:
