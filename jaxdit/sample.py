@@ -1,8 +1,9 @@
 """python -m jaxdit.sample --workdir=DIR --prompt="..." [--reference=picture.png] --out=DIR
 
 Pictures from the averaged weights (EMA) of a working folder: what a sentence says, in the feeling of a reference picture.
-Several --prompt make several pictures; one --reference serves all of them, or give one a prompt. Without a prompt, eight
-captions of the training data are drawn, each in the light of another of its pictures.
+Several --prompt make several pictures; one --reference serves all of them, or give one a prompt; --prompts=FILE reads them
+from a list. Without any, eight captions of the training data are drawn, each in the light of another of its pictures.
+Every PNG holds the settings that made it and the command that makes it again.
 """
 
 from __future__ import annotations
@@ -11,158 +12,319 @@ import os
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's encoders need room on the same card
 
-import re
+import math
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from encode import commandline
-from encode.records import InputError, write_json
-from jaxdit import data, trained
+from encode.records import InputError, only_one, write_json
+from jaxdit import album, conditions, data, drawing, sampler, sheet, trained, wishes
+from jaxdit.metrics import duration
+from jaxdit.wishes import Wish
+
+GRID_TEXT, GRID_VISION = (1.0, 1.5, 3.0, 5.0), (1.0, 1.5, 2.5)
+FEW = 20  # pictures that are named one by one
 
 
-def latent_size(width: int, height: int, patch: int) -> tuple[int, int]:
-    """(height, width) of the latent of a picture of that size in pixels.
-
-    Raises:
-      InputError: a side is not a multiple of 8 x patch; names the nearest size that is.
-    """
-    unit = 8 * patch
-    nearest = [max(unit, round(side / unit) * unit) for side in (width, height)]
-    if nearest != [width, height]:
-        raise InputError(
-            f"--width={width} --height={height}: sides must be multiples of {unit}; the nearest size is "
-            f"{nearest[0]}x{nearest[1]}."
-        )
-    return height // 8, width // 8
-
-
-def guidance(text: float, vision: float, texts: Sequence, visions: Sequence) -> tuple[float, float]:
-    """The two weights, made equal or one where a condition is absent everywhere: the same velocity from fewer evaluations."""
-    if all(vision_vector is None for vision_vector in visions):
-        vision = 1.0
-    if all(tokens is None for tokens in texts):
-        text = vision
-    return text, vision
-
-
-def from_training_data(
-    run: trained.Trained, count: int
-) -> tuple[list[str], list[np.ndarray], list[np.ndarray], list[str]]:
-    """Captions spread over the data set, each with the vision vector of another picture: (captions, texts, visions, ids)."""
-    dataset = data.Dataset(run.config["data"]["path"])
+def from_training_data(path: str, count: int) -> tuple[list[dict[str, str]], dict[tuple[str, str], np.ndarray]]:
+    """Captions spread over the data set, each with another picture as its reference: (fields of wishes, their arrays)."""
+    dataset = data.Dataset(path)
     places = [(name, row) for name in dataset.buckets for row in range(len(dataset.index[name]))]
     count = min(count, len(places))
     chosen = [places[round(k * (len(places) - 1) / max(count - 1, 1))] for k in range(count)]
     own = [dataset.records(name, [row])[0] for name, row in chosen]
-    half = len(own) // 2
-    others = own[half:] + own[:half]
-    return (
-        [record["caption"].decode() for record in own],
-        [record["text"] for record in own],
-        [record["vision"] for record in others],
-        [record["id"].decode() for record in others],
-    )
+    others = own[len(own) // 2 :] + own[: len(own) // 2]
+    fields, known = [], {}
+    for record, other in zip(own, others):
+        prompt, reference = record["caption"].decode(), other["id"].decode()
+        fields.append({"prompt": prompt, "reference": reference})
+        known["text", prompt] = np.asarray(record["text"], np.float32)
+        known["vision", reference] = np.asarray(other["vision"], np.float32)
+    return fields, known
 
 
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Working folder of a training run.", required=True)
     flags.DEFINE_string("out", None, "Folder for the pictures.", required=True)
-    flags.DEFINE_multi_string("prompt", [], "What the picture shows; may be given several times.")
-    flags.DEFINE_multi_string("reference", [], "A picture whose feeling is wanted: one for all, or one a prompt.")
-    flags.DEFINE_integer("width", None, "Width in pixels; by default that of the fullest bucket.")
-    flags.DEFINE_integer("height", None, "Height in pixels.")
+    flags.DEFINE_multi_string("prompt", [], "What the picture shows; may be given several times; empty: no sentence.")
+    flags.DEFINE_string("prompts", None, "File of prompts, one a line; NAME.jsonl: an object a line (see the README).")
+    flags.DEFINE_multi_string(
+        "reference",
+        [],
+        "A picture whose feeling is wanted: one for all, or one a prompt. Or a vector (.npy), or the id of an image of the "
+        "data set.",
+    )
+    flags.DEFINE_list("mix", None, "Weights of two references that are mixed, as in 0.7,0.3.")
+    flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; by default that of the fullest bucket.")
+    flags.DEFINE_string("aspect", None, "WIDTH:HEIGHT; the nearest bucket of the data set is drawn.")
     flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+    flags.DEFINE_integer("count", 1, "Pictures of each prompt, with the seeds seed, seed + 1, ...")
+    flags.DEFINE_string("init", None, "A picture to start from.")
+    flags.DEFINE_float("strength", None, f"How much of it is drawn anew, 0 to 1; by default {wishes.STRENGTH}.")
     flags.DEFINE_integer("step", None, "Which saved step; by default the newest.")
-    flags.DEFINE_integer("steps", None, "Euler steps; by default the configuration's sample.steps.")
-    flags.DEFINE_float("text_guidance", None, "Weight of the sentence; by default sample.text_guidance.")
-    flags.DEFINE_float("vision_guidance", None, "Weight of the reference; by default sample.vision_guidance.")
+    flags.DEFINE_bool("raw", False, "The raw weights instead of the averaged ones.")
+    flags.DEFINE_integer("steps", None, "Steps of the solver; by default the configuration's sample.steps.")
+    flags.DEFINE_enum("solver", "adams", sampler.SOLVERS, "How a step is taken; heun evaluates the model twice a step.")
+    flags.DEFINE_float("shift", None, "Of the steps towards noise; by default sample.shift.")
+    flags.DEFINE_list("guidance_text", None, "Weight of the sentence; by default sample.text_guidance.")
+    flags.DEFINE_list("guidance_vision", None, "Weight of the reference; by default sample.vision_guidance.")
+    flags.DEFINE_list(
+        "guidance_interval", None, "LOW,HIGH in t (1 is noise): guide there alone; by default everywhere."
+    )
+    flags.DEFINE_bool(
+        "grid", False, "Every weight of --guidance_text=A,B,... (rows) with every one of --guidance_vision."
+    )
+    flags.DEFINE_integer("batch", 0, "Pictures drawn at once; 0: what fills the device.")
+    flags.DEFINE_string(
+        "cache", None, "Folder of encoded sentences and pictures; empty: none. By default ~/.cache/jaxdit."
+    )
 
 
 def main() -> int:
-    if flags.FLAGS.steps is not None and flags.FLAGS.steps < 1:
-        raise InputError(f"--steps={flags.FLAGS.steps}: at least one Euler step is needed.")
-    run = trained.load(commandline.path_of(flags.FLAGS.workdir), step=flags.FLAGS.step)
-    defaults = run.config["sample"]
-    bucket = max(run.dataset["buckets"].items(), key=lambda item: item[1]["count"])[0]
-    width, height = map(int, bucket.split("x"))
-    size = latent_size(flags.FLAGS.width or width, flags.FLAGS.height or height, run.config["model"]["patch"])
-    prompts, texts, visions, references, failed = _conditions(run)
-    text_weight, vision_weight = guidance(
-        defaults["text_guidance"] if flags.FLAGS.text_guidance is None else flags.FLAGS.text_guidance,
-        defaults["vision_guidance"] if flags.FLAGS.vision_guidance is None else flags.FLAGS.vision_guidance,
-        texts,
-        visions,
-    )
-    from encode import encoders
+    given = flags.FLAGS
+    workdir, out = commandline.path_of(given.workdir), commandline.path_of(given.out)
+    config, dataset = trained.describe(workdir)
+    shapes = wishes.Shapes(8 * config["model"]["patch"], {k: v["count"] for k, v in dataset["buckets"].items()})
+    options = _options(config["sample"])
+    asked, grids, known, problems = _asked(config, shapes)
+    run = trained.load(workdir, step=given.step, raw=given.raw)
+    common = {
+        **{name: str(options[name]) for name in ("steps", "solver")},
+        "shift": album.numbers([options["shift"]]),
+        "guidance_interval": album.numbers(options["interval"] or ()),
+        "step": str(run.step),
+        "weights": "raw" if given.raw else "averaged",
+        "config": album.config_hash(workdir),
+    }
+    with only_one(out):
+        return _Session(run, workdir, out, options, common).make(asked, grids, known, problems)
 
-    vae = encoders.load_vae(run.dataset["encoders"]["vae"])
-    out = commandline.path_of(flags.FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for number, (prompt, text, vision, reference) in enumerate(zip(prompts, texts, visions, references)):
-        latent = trained.generate(
-            run,
-            trained.conditions_of([text], [vision], run),
-            (*size, run.dataset["widths"]["latent"]),
-            [number],
-            seed=flags.FLAGS.seed,
-            steps=flags.FLAGS.steps or defaults["steps"],
-            shift=defaults["shift"],
-            text=text_weight,
-            vision=vision_weight,
+
+class _Session:
+    """One call: what is there already stays, the rest is drawn, and what is made is kept whatever ends the call."""
+
+    def __init__(
+        self, run: trained.Trained, workdir: Path, out: Path, options: Mapping[str, Any], common: dict[str, str]
+    ):
+        self.run, self.workdir, self.out, self.options, self.common = run, workdir, out, options, common
+        self.album = album.Album(out)
+
+    def make(self, asked, grids, known, problems) -> int:
+        from encode import encoders
+
+        hashes = conditions.identify(asked)
+        settings = [album.settings_of(wish, hashes, self.common) for wish in asked]
+        in_grid = {place for lines in grids for line in lines for place in line}
+        names, todo = [], []
+        for place, (wish, words) in enumerate(zip(asked, settings)):
+            weights = f"-text{words['guidance_text']}-vision{words['guidance_vision']}" if place in in_grid else ""
+            name, there = self.album.place(album.stem_of(wish) + weights, words)
+            todo += [] if there else [place]
+            names.append(name)
+        if there := len(asked) - len(todo):
+            print(f"{there} of {len(asked)} pictures are there already with the same settings; they stay as they are.")
+        cache = conditions.Cache(conditions.cache_folder(flags.FLAGS.cache))
+        vae = encoders.load_vae(self.run.dataset["encoders"]["vae"])
+        given, more = conditions.encode(
+            [asked[k] for k in todo],
+            self.run.config,
+            self.run.dataset,
+            hashes=hashes,
+            cache=cache,
+            vae=vae,
+            known=known,
         )
-        name = f"{number:03d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60] or 'reference'}.png"
-        _save(
-            vae.decode(latent)[0], out / name, {"prompt": prompt, "reference": reference, "seed": str(flags.FLAGS.seed)}
-        )
-        rows.append({"file": name, "prompt": prompt, "reference": reference})
-        print(f"{out / name}: {prompt or reference or 'neither sentence nor reference'}")
-    if rows:
-        write_json(out / "samples.json", rows)
-    return commandline.fail("; ".join(failed), 2) if failed else 0
-
-
-def _conditions(run: trained.Trained):
-    """(prompts, texts, visions, names of the references, errors): what the flags ask for, encoded as the data set was."""
-    if not flags.FLAGS.prompt and not flags.FLAGS.reference:
-        prompts, texts, visions, names = from_training_data(run, 8)
-        return prompts, texts, visions, names, []
-    from encode import encoders, images
-
-    count = max(len(flags.FLAGS.prompt), len(flags.FLAGS.reference), 1)
-    given, pictures = len(flags.FLAGS.prompt), len(flags.FLAGS.reference)
-    if pictures not in (0, 1, count) or given not in (0, count):
-        raise InputError(f"{given} prompts and {pictures} references: give one reference for all, or one a prompt.")
-    for prompt in flags.FLAGS.prompt:
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise InputError(f"--prompt={prompt!a}: this is not UTF-8; set the terminal to UTF-8.")
-    prompts = [prompt.strip() for prompt in flags.FLAGS.prompt] or [""] * count
-    references = list(flags.FLAGS.reference) * (count if len(flags.FLAGS.reference) == 1 else 1) or [""] * count
-    sections, visions, failed = run.dataset["encoders"], [], []
-    encoder = encoders.load_vision(sections["vision"]) if flags.FLAGS.reference else None
-    wanted = []
-    for prompt, reference in zip(prompts, references):
+        problems = [*problems, *more]
+        work = [(place, found) for place, found in zip(todo, given) if found is not None]
+        stopped, made = False, set(range(len(asked))) - set(todo)
+        progress = _Progress(len(work))
         try:
-            visions.append(encoder.encode([images.decode(Path(reference), 500_000_000)])[0] if reference else None)
-            wanted.append((prompt, reference))
-        except (images.ImageProblem, OSError) as error:
-            failed.append(f"--reference={reference}: {error}")
-    text_encoder = encoders.load_text(sections["text"]) if flags.FLAGS.prompt else None
-    texts = [text_encoder.encode([prompt])[0] if prompt else None for prompt, _ in wanted]
-    return [prompt for prompt, _ in wanted], texts, visions, [reference for _, reference in wanted], failed
+            for batch in drawing.draw(
+                self.run, [asked[k] for k, _ in work], [g for _, g in work], self.options, flags.FLAGS.batch
+            ):
+                for number, latent in batch:
+                    place = work[number][0]
+                    if not np.isfinite(latent).all():
+                        problems.append(f"{names[place]}: what was drawn is not finite; try another step or weight")
+                        continue
+                    words = settings[place] | {"command": album.command_of(asked[place], self.workdir, settings[place])}
+                    self.album.save(names[place], vae.decode(latent[None])[0], words)
+                    made.add(place)
+                    progress.picture(self.out / names[place], asked[place])
+                self._list(sorted(made), names, settings)
+                progress.batch(len(batch))
+        except KeyboardInterrupt:
+            stopped = True
+        except MemoryError as error:
+            problems.append(str(error))
+        self._list(sorted(made), names, settings)
+        self._sheet(sorted(made - in_grid), names, asked)
+        for lines in grids:
+            self._grid(lines, made, names, asked, settings)
+        if stopped:
+            print(f"Stopped: {len(made)} of {len(asked)} pictures are in {self.out}; the same command draws the rest.")
+            return 3
+        return commandline.fail("; ".join(problems) + ".") if problems else 0
+
+    def _list(self, made: Sequence[int], names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> None:
+        """samples.json: the pictures of this call."""
+        rows = {names[place]: {"file": names[place], **settings[place]} for place in made}
+        if rows:
+            write_json(self.out / "samples.json", list(rows.values()))
+
+    def _sheet(self, made: Sequence[int], names: Sequence[str], asked: Sequence[Wish]) -> None:
+        """sheet.png: all pictures of this call but a grid's, small."""
+        shown = {names[place]: asked[place] for place in made}
+        if len(shown) > 1:
+            pictures = [sheet.thumbnail(self.album.pixels(name)) for name in shown]
+            self.album.save("sheet.png", sheet.contact_sheet(pictures, [_words(wish) for wish in shown.values()]), {})
+            print(f"{self.out / 'sheet.png'}: all {len(shown)} of them.")
+
+    def _grid(self, places, made, names, asked, settings) -> None:
+        """The table of one prompt, where all of its cells are there."""
+        cells = [place for line in places for place in line]
+        if not made.issuperset(cells):
+            return
+        first = asked[cells[0]]
+        texts, visions = ([getattr(asked[k], name) for k in line] for name, line in (
+            ("text", [line[0] for line in places]), ("vision", places[0])
+        ))  # fmt: skip
+        words = settings[cells[0]] | {"guidance_text": album.numbers(texts), "guidance_vision": album.numbers(visions)}
+        name, there = self.album.place(f"grid-{album.stem_of(first)}", words)
+        if not there:
+            pixels = [
+                [sheet.thumbnail(self.album.pixels(names[place]), sheet.LARGEST_CELL) for place in line]
+                for line in places
+            ]
+            labels = [f"text {album.numbers([w])}" for w in texts], [f"vision {album.numbers([w])}" for w in visions]
+            self.album.save(name, sheet.grid(pixels, *labels, _words(first)), words)
+        print(f"{self.out / name}: {len(texts)} weights of the text by {len(visions)} of the vision vector.")
 
 
-def _save(pixels: np.ndarray, path: Path, words: Mapping[str, str]) -> None:
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
+class _Progress:
+    """What is said while pictures are made: each of a few, or a line a batch of many."""
 
-    info = PngInfo()
-    for name, value in words.items():
-        info.add_itxt(name, value)
-    Image.fromarray(pixels).save(path, pnginfo=info)
+    def __init__(self, total: int):
+        self.total, self.done, self.said = total, 0, 0
+        self._first: tuple[float, int] | None = None  # when the first batch was there, compilation and all
+
+    def picture(self, path: Path, wish: Wish) -> None:
+        if self.total <= FEW:
+            print(f"{path}: {_words(wish)}")
+
+    def batch(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, self.done
+        elif self.done < self.total or self.total > FEW:
+            rate = (self.done - self._first[1]) / max(now - self._first[0], 1e-9)
+            left = f", {duration((self.total - self.done) / rate)} left" if self.done < self.total else ""
+            print(f"{self.done} of {self.total} pictures, {rate:.3g} a second{left}.", flush=True)
+
+
+def _options(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """steps, shift, solver and interval of `trained.generate`, from the flags."""
+    given = flags.FLAGS
+    steps = defaults["steps"] if given.steps is None else given.steps
+    shift = defaults["shift"] if given.shift is None else given.shift
+    if steps < 1:
+        raise InputError(f"--steps={steps}: at least one step is needed.")
+    if not 0 < shift < math.inf:
+        raise InputError(f"--shift={shift:g}: a number above 0 is wanted; 1 leaves the steps even.")
+    if given.batch < 0:
+        raise InputError(f"--batch={given.batch}: a number of pictures is wanted, or 0 for what fills the device.")
+    interval = _floats("guidance_interval")
+    if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1):
+        raise InputError(f"--guidance_interval={album.numbers(interval)}: LOW,HIGH is wanted, 0 <= LOW <= HIGH <= 1.")
+    return {"steps": steps, "shift": shift, "solver": given.solver, "interval": interval and tuple(interval)}
+
+
+def _asked(config: Mapping[str, Any], shapes: wishes.Shapes):
+    """(wishes, grids, known arrays, problems) of the flags; a grid is rows of places among the wishes."""
+    given, known, problems = flags.FLAGS, {}, []
+    texts, visions = _floats("guidance_text"), _floats("guidance_vision")
+    if not given.grid and max(len(texts or ()), len(visions or ())) > 1:
+        raise InputError("--guidance_text or --guidance_vision has several weights; add --grid to draw all of them.")
+    texts, visions = texts or [config["sample"]["text_guidance"]], visions or [config["sample"]["vision_guidance"]]
+    names = ("size", "aspect", "seed", "count", "init", "strength")
+    defaults = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    defaults["scales"] = [texts[0], visions[0]]
+    if given.size and given.aspect:
+        raise InputError("--size and --aspect are both given; one of them is enough.")
+    lines = []
+    if given.prompt or (given.reference and not given.prompts):
+        lines += wishes.pair_up(given.prompt, given.reference, _floats("mix"))
+    if given.prompts:
+        if len(given.reference) > 1 and not given.prompt:
+            raise InputError("--prompts with several --reference: name them in the list (NAME.jsonl).")
+        read, problems = wishes.read_list(commandline.path_of(given.prompts))
+        own = {} if given.prompt or not given.reference else {"reference": given.reference[0]}
+        lines += [(where, own | fields) for where, fields in read]
+    elif not lines:
+        if given.init:
+            lines = [("--init", {"prompt": ""})]
+        else:
+            few, known = from_training_data(config["data"]["path"], 1 if given.grid else 8)
+            lines = [("training data", fields) for fields in few]
+    asked = []
+    for where, fields in lines:
+        asked += wishes.wish(fields, defaults | _size_of_init(fields, defaults, shapes), shapes, where)
+    if not asked:
+        raise InputError(f"--prompts={given.prompts}: no prompt is in it." + "".join(f" {why}." for why in problems))
+    if not given.grid:
+        return asked, [], known, problems
+    return *_in_grids(asked, _floats("guidance_text"), _floats("guidance_vision")), known, problems
+
+
+def _in_grids(asked: Sequence[Wish], texts: list[float] | None, visions: list[float] | None):
+    """(wishes of all cells, grids): weights of a condition that a wish has not change nothing, so one of them will do."""
+    cells, grids = [], []
+    for wish in asked:
+        rows = (texts or GRID_TEXT) if wish.prompt else [wish.text]
+        columns = (visions or GRID_VISION) if wish.references else [wish.vision]
+        first = len(cells)
+        cells += [replace(wish, text=text, vision=vision) for text in rows for vision in columns]
+        width = len(columns)
+        grids.append([list(range(first + k * width, first + (k + 1) * width)) for k in range(len(rows))])
+    return cells, grids
+
+
+def _size_of_init(fields: Mapping[str, Any], defaults: Mapping[str, Any], shapes: wishes.Shapes) -> dict[str, Any]:
+    """The bucket nearest to the picture to start from, where no size is asked for."""
+    from encode import images
+
+    init = fields.get("init") or defaults.get("init")
+    if not isinstance(init, str) or not init or {"size", "aspect"} & ({*fields, *defaults}):
+        return {}
+    try:
+        width, height = images.size(commandline.path_of(init), conditions.MAX_PIXELS)
+    except (images.ImageProblem, OSError):
+        return {}  # told when it is to be encoded
+    return {"init_size": shapes.nearest(width / height)}
+
+
+def _floats(name: str) -> list[float] | None:
+    words = getattr(flags.FLAGS, name)
+    if words is None:
+        return None
+    try:
+        values = [float(word) for word in words]
+    except ValueError as error:
+        raise InputError(f"--{name}={','.join(words)}: numbers with commas between them are wanted.") from error
+    if not values or not all(map(math.isfinite, values)):
+        raise InputError(f"--{name}={','.join(words)}: numbers are wanted.")
+    return values
+
+
+def _words(wish: Wish) -> str:
+    return wish.prompt or album.plain(" + ".join(wish.references)) or "neither sentence nor reference"
 
 
 if __name__ == "__main__":

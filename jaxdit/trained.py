@@ -10,31 +10,36 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from encode.records import InputError
-from jaxdit import checkpoint, data, mesh, model, sampler
+from jaxdit import checkpoint, data, flow, mesh, model, sampler
 
 DESCRIPTIONS = ("config.json", "dataset.json")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model out of a working folder, ready to be sampled; config and dataset are the folder's JSON."""
+    """A model out of a working folder, ready to be sampled; config and dataset are the folder's JSON.
+
+    Where `devices` (a mesh) is given, params lie on all of them and batches are divided.
+    """
 
     config: Mapping[str, Any]
     dataset: Mapping[str, Any]
     graph: Any
     params: Any
     step: int
+    devices: Any = None
 
 
-def load(workdir: str | Path, *, step: int | None = None, raw: bool = False) -> Trained:
-    """The weights of a working folder: the EMA (or the raw parameters) of the newest step (or of `step`).
+def describe(workdir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config, dataset): the two JSON files of a working folder.
 
     Raises:
-      InputError: not a working folder, nothing saved yet, or no such step.
+      InputError: not a working folder.
     """
     workdir = Path(workdir)
     for name in DESCRIPTIONS:
@@ -46,9 +51,22 @@ def load(workdir: str | Path, *, step: int | None = None, raw: bool = False) -> 
         config, dataset = (json.loads((workdir / name).read_text(encoding="utf-8")) for name in DESCRIPTIONS)
     except ValueError as error:
         raise InputError(f"{workdir}: config.json or dataset.json cannot be read as JSON ({error}).") from error
+    return config, dataset
+
+
+def load(workdir: str | Path, *, step: int | None = None, raw: bool = False) -> Trained:
+    """The weights of a working folder: the EMA (or the raw parameters) of the newest step (or of `step`).
+
+    Raises:
+      InputError: not a working folder, nothing saved yet, or no such step.
+    """
+    config, dataset = describe(workdir)
     graph, shapes = model.abstract(model_settings(config["model"], dataset["widths"]))
     step, params = checkpoint.restore_weights(workdir, shapes, step=step, raw=raw)
-    return Trained(config, dataset, graph, params, step)
+    devices = mesh.make_mesh() if jax.device_count() > 1 else None
+    if devices is not None:
+        params = jax.device_put(params, mesh.replicated(devices))
+    return Trained(config, dataset, graph, params, step, devices)
 
 
 def generate(
@@ -57,13 +75,18 @@ def generate(
     latent_shape: Sequence[int],
     positions: Sequence[int],
     *,
-    seed: int,
+    seed: int | Sequence[int],
     steps: int,
     shift: float,
-    text: float,
-    vision: float,
+    text: float | Sequence[float],
+    vision: float | Sequence[float],
+    solver: str = "euler",
+    interval: tuple[float, float] | None = None,
+    init: np.ndarray | None = None,
+    strength: float = 1.0,
+    together: bool = True,
 ) -> np.ndarray:
-    """Sample latents.
+    """Sample latents; one program a shape, batch size, number of evaluations and set of guidance terms.
 
     Args:
       trained: the model.
@@ -71,30 +94,61 @@ def generate(
         drop_text, drop_vision [batch] where a sample has no such condition.
       latent_shape: [height, width, channels].
       positions: [batch] numbers that, with the seed, decide each picture's noise.
-      seed, steps, shift, text, vision: as in `sampler`.
+      seed: one for all, or [batch].
+      steps, shift, solver: of the path, see `sampler.time_grid` and `sampler.solver_table`.
+      text, vision: guidance weights, for all or [batch].
+      interval: (low, high) in t where guidance acts; None: everywhere.
+      init: [batch, height, width, channels] raw latents of pictures to start from, mixed with noise at t = strength.
+      strength: in (0, 1]; without init it is 1.
+      together: False evaluates guidance's conditions one after the other, for want of memory.
 
     Returns:
       [batch, height, width, channels] float32 raw latents, for the image decoder.
     """
+    count = len(positions)
+    weights = np.broadcast_to(sampler.guidance_weights(text, vision), (3, count))
+    rows = {
+        "conditions": jax.tree.map(np.asarray, dict(conditions)),
+        "positions": np.asarray(positions, np.int32),
+        "seeds": np.broadcast_to((np.asarray(seed, np.int64) & 0xFFFFFFFF).astype(np.uint32), (count,)),
+        "weights": weights.T,
+    }
+    if init is not None:
+        mean, std = (np.asarray(trained.dataset[name], np.float32) for name in ("latent_mean", "latent_std"))
+        rows["init"] = (np.asarray(init, np.float32) - mean) / std
+    if trained.devices is not None:
+        more = -count % trained.devices.size
+        rows = jax.tree.map(lambda value: np.concatenate([value, np.repeat(value[:1], more, axis=0)]), rows)
+        rows = jax.device_put(rows, mesh.over_batch(trained.devices))
     latents = _sample(
         trained.params,
-        jax.tree.map(np.asarray, dict(conditions)),
-        np.asarray(positions, np.int32),
+        rows,
+        sampler.solver_table(solver, sampler.time_grid(steps, shift, strength if init is not None else 1.0)),
+        np.float32(strength),
+        None if interval is None else np.asarray(interval, np.float32),
         graph=trained.graph,
         shape=tuple(latent_shape),
-        seed=seed,
-        steps=steps,
-        shift=shift,
-        text=text,
-        vision=vision,
+        terms=sampler.needed_terms(weights),
+        together=together,
     )
-    return data.denormalize(np.asarray(latents), trained.dataset)
+    return data.denormalize(np.asarray(latents)[:count], trained.dataset)
 
 
-@partial(jax.jit, static_argnames=("graph", "shape", "seed", "steps", "shift", "text", "vision"))
-def _sample(params, conditions, positions, *, graph, shape, seed, **options):
-    noise = sampler.initial_noise(seed, positions, shape)
-    return sampler.sample(nnx.merge(graph, params), noise, conditions, **options)
+@partial(jax.jit, static_argnames=("graph", "shape", "terms", "together"))
+def _sample(params, rows, table, strength, interval, *, graph, shape, terms, together):
+    x = sampler.initial_noise(rows["seeds"], rows["positions"], shape)
+    if "init" in rows:
+        x = flow.interpolate(rows["init"], x, jnp.broadcast_to(strength, x.shape[:1]))
+    return sampler.sample(
+        nnx.merge(graph, params),
+        x,
+        rows["conditions"],
+        table=table,
+        terms=terms,
+        weights=rows["weights"].T,
+        interval=interval,
+        together=together,
+    )
 
 
 def conditions_of(texts: Sequence[np.ndarray | None], visions: Sequence[np.ndarray | None], trained: Trained) -> dict:

@@ -1,18 +1,23 @@
 import json
+import os
+import shlex
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 from configs import quickstart
+from encode import commandline
 from encode.records import InputError, write_json
-from jaxdit import checkpoint, data, model, sample, trained
+from jaxdit import checkpoint, data, drawing, model, sample, trained
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,49 +51,281 @@ def workdir(tmp_path_factory):
     return run
 
 
-def call(workdir, out, *arguments):
-    command = [sys.executable, "-m", "jaxdit.sample", f"--workdir={workdir}", f"--out={out}", "--steps=2", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def command(workdir, tmp_path, monkeypatch, capsys):
+    """The command, in this process: (exit code, what it says). Its flags are its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(*arguments, out=tmp_path / "out", steps=2):
+        values = flags.FlagValues()
+        monkeypatch.setattr(flags, "FLAGS", values)
+        for name in ("string", "multi_string", "list", "integer", "float", "bool", "enum"):
+            define = getattr(real, f"DEFINE_{name}")
+            monkeypatch.setattr(flags, f"DEFINE_{name}", partial(define, flag_values=values))
+        sample.define_flags()
+        try:
+            values(["sample", f"--workdir={workdir}", f"--out={out}", f"--steps={steps}", *arguments])
+            code = sample.main()
+        except InputError as error:
+            code = commandline.fail(str(error), 2)
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    real = SimpleNamespace(**vars(flags))
+    return call
 
 
-def test_prompts_with_one_reference_for_all_give_pictures_of_the_asked_size(workdir, tmp_path):
-    reference = next((workdir.parent / "photographs").glob("*.png"))
-    done = call(workdir, tmp_path, "--prompt=a figure on the left", "--prompt=<b> & \"q\" 猫", f"--reference={reference}",
-                "--width=64", "--height=96")  # fmt: skip
+@pytest.fixture
+def photographs(workdir):
+    return sorted((workdir.parent / "photographs").glob("*.png"))
+
+
+def rows(out):
+    return json.loads((out / "samples.json").read_text())
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def test_the_command_line_ends_with_its_exit_codes(workdir, tmp_path):
+    def call(*arguments):
+        words = [sys.executable, "-m", "jaxdit.sample", f"--workdir={workdir}", f"--out={tmp_path}", "--steps=1"]
+        return subprocess.run([*words, "--cache=", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    done = call('--prompt=<b> & "q" 猫', "--size=64x96")
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "samples.json").read_text())
-    assert [row["prompt"] for row in rows] == ["a figure on the left", '<b> & "q" 猫']
-    for row in rows:
-        with Image.open(tmp_path / row["file"]) as picture:
+    assert [row["prompt"] for row in rows(tmp_path)] == ['<b> & "q" 猫']
+    done = call("--prompt=a", "--solver=rk4")
+    assert done.returncode == 2 and "solver" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_prompts_with_one_reference_for_all_give_pictures_of_the_asked_size(command, photographs, tmp_path):
+    code, said = command("--prompt=a figure", '--prompt=<b> & "q" 猫', f"--reference={photographs[0]}", "--size=64x96")
+    assert code == 0, said
+    found = rows(tmp_path / "out")
+    assert [row["prompt"] for row in found] == ["a figure", '<b> & "q" 猫']
+    assert [row["file"] for row in found] == ["a-figure-s0.png", "b-q-猫-s0.png"]
+    for row in found:
+        with Image.open(tmp_path / "out" / row["file"]) as picture:
             assert picture.size == (64, 96) and picture.text["prompt"] == row["prompt"]
+            assert picture.text["reference"] == str(photographs[0])
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert sheet.width > 2 * 256
 
 
-def test_without_a_prompt_training_captions_are_drawn(workdir, tmp_path):
-    done = call(workdir, tmp_path)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "samples.json").read_text())
-    assert len(rows) == 6 and all("figure" in row["prompt"] and row["reference"].endswith(".png") for row in rows)
+def test_without_a_prompt_training_captions_are_drawn(command, tmp_path):
+    code, said = command()
+    assert code == 0, said
+    found = rows(tmp_path / "out")
+    assert len(found) == 6 and all("figure" in row["prompt"] and row["reference"].endswith(".png") for row in found)
 
 
-def test_an_unreadable_reference_is_named_and_the_others_are_drawn(workdir, tmp_path):
-    good = next((workdir.parent / "photographs").glob("*.png"))
-    (tmp_path / "bad.png").write_bytes(good.read_bytes()[:2000])
-    done = call(workdir, tmp_path / "out", f"--reference={good}", f"--reference={tmp_path / 'bad.png'}")
-    assert done.returncode == 2 and "bad.png" in done.stderr and "Traceback" not in done.stderr
-    assert len(list((tmp_path / "out").glob("*.png"))) == 1
+def test_an_unreadable_reference_is_named_and_the_others_are_drawn(command, photographs, tmp_path):
+    (tmp_path / "bad.png").write_bytes(photographs[0].read_bytes()[:2000])
+    np.save(tmp_path / "short.npy", np.zeros(7))
+    np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
+    names = (photographs[0], tmp_path / "bad.png", tmp_path / "short.npy", tmp_path / "object.npy", "nobody.png")
+    code, said = command(*(f"--reference={name}" for name in names))
+    assert code == 1 and len(rows(tmp_path / "out")) == 1
+    assert all(f"--reference={name}: " in said for name in names[1:]) and f"{photographs[0]}: cannot" not in said
+    assert "[7] of float64; the model takes a vector of 16 numbers" in said and "without pickle" in said
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--prompt=a", "--width=700", "--height=1000"], "the nearest size is 704x992"),
+        (["--prompt=a", "--size=700x1000"], "the nearest size is 704x992"),
+        (["--prompt=a", "--size=64"], "size='64' is not WIDTHxHEIGHT"),
+        (["--prompt=a", "--size=64x64", "--aspect=1:1"], "one of them is enough"),
         (["--prompt=a", "--prompt=b", "--prompt=c", "--reference=x", "--reference=y"], "3 prompts and 2 references"),
-        (["--prompt=a", "--step=7"], "step 7 wanted, found steps 3"),
+        (["--prompt=a", "--reference=x", "--mix=1,2"], "a mix is of two"),
+        (["--prompt=a", "--step=7"], "step 7"),
+        (["--prompt=a", "--steps=0"], "at least one step"),
+        (["--prompt=a", "--guidance_text=1,2"], "add --grid"),
+        (["--prompt=a", "--guidance_text=much"], "numbers with commas"),
+        (["--prompt=a", "--guidance_interval=0.8,0.2"], "LOW <= HIGH"),
+        (["--prompt=a", "--strength=0.5"], "needs a picture to start from"),
+        (["--prompt=a", "--init=x.png", "--strength=1.5"], "strength=1.5"),
+        (["--prompt=a", "--seed=-1"], "seeds go from 0"),
+        (["--prompt=a", "--count=0"], "count=0"),
+        (["--prompts=nowhere.txt"], "nowhere.txt"),
     ],
 )
-def test_wrong_calls_are_one_sentence_and_exit_code_2(workdir, tmp_path, arguments, words):
-    done = call(workdir, tmp_path, *arguments)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+def test_wrong_calls_are_one_sentence_and_exit_code_2(command, tmp_path, arguments, words):
+    code, said = command(*arguments)
+    assert code == 2 and words in said and said.count("Error") == 1
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_picture_says_the_command_that_draws_it_again(command, photographs, tmp_path):
+    code, said = command(
+        "--prompt=it's \"here\"", f"--reference={photographs[0]}", f"--reference={photographs[1]}", "--mix=3,1",
+        f"--init={photographs[2]}", "--strength=0.7", "--seed=9", "--solver=heun", "--guidance_text=2.3", "--shift=1.7",
+        "--guidance_interval=0.1,0.9", "--raw",
+    )  # fmt: skip
+    assert code == 0, said
+    (row,) = rows(tmp_path / "out")
+    with Image.open(tmp_path / "out" / row["file"]) as picture:
+        text = dict(picture.text)
+    assert text["mix"] == "0.75,0.25" and text["weights"] == "raw" and len(text["config"]) == 16
+    words = shlex.split(text["command"])[3:]
+    code, said = command(
+        *(word for word in words if not word.startswith(("--workdir", "--out"))), out=tmp_path / "again"
+    )
+    assert code == 0, said
+    assert rows(tmp_path / "again") == [row]
+    np.testing.assert_array_equal(pixels(tmp_path / "again" / row["file"]), pixels(tmp_path / "out" / row["file"]))
+
+
+def test_run_again_nothing_is_drawn_or_overwritten(command, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    assert command("--prompt=a cat", "--count=2")[0] == 0
+    before = {path.name: path.read_bytes() for path in out.glob("a-cat*.png")}
+    assert set(before) == {"a-cat-s0.png", "a-cat-s1.png"}
+    with monkeypatch.context() as patch:
+        patch.setattr(trained, "generate", None)
+        code, said = command("--prompt=a cat", "--count=2")
+    assert code == 0 and "2 of 2 pictures are there already" in said
+    assert command("--prompt=a cat", "--guidance_text=7")[0] == 0  # another picture of the same name
+    assert [row["file"] for row in rows(out)] == ["a-cat-s0-2.png"]
+    assert {name: (out / name).read_bytes() for name in before} == before
+    (out / "a-dog-s0.png").write_bytes(b"somebody's own")
+    assert command("--prompt=a dog")[0] == 0
+    assert (out / "a-dog-s0.png").read_bytes() == b"somebody's own" and (out / "a-dog-s0-2.png").exists()
+
+
+def test_the_same_seed_and_prompt_give_the_same_picture_in_any_company(command, tmp_path):
+    (tmp_path / "list.jsonl").write_text(
+        '{"prompt": "a cat", "seed": 5}\n\n{"prompt": "a dog", "count": 3, "scales": [1, 1]}\n{"prompt": "a cat", "seed": 6}\n'
+    )
+    code, said = command(f"--prompts={tmp_path / 'list.jsonl'}", "--batch=2")
+    assert code == 0 and "5 of 5 pictures" not in said, said
+    assert command("--prompt=a cat", "--seed=5", out=tmp_path / "alone")[0] == 0
+    assert (
+        command("--prompt=a dog", "--seed=2", "--guidance_text=1", "--guidance_vision=1", out=tmp_path / "alone")[0]
+        == 0
+    )
+    for name in ("a-cat-s5.png", "a-dog-s2.png"):
+        assert np.abs(pixels(tmp_path / "alone" / name) - pixels(tmp_path / "out" / name)).max() <= 1
+    apart = pixels(tmp_path / "out" / "a-cat-s5.png") - pixels(tmp_path / "out" / "a-cat-s6.png")
+    assert np.abs(apart).max() > 20
+
+
+def test_the_same_picture_on_eight_devices(command, workdir, tmp_path):
+    names = [f"--prompt=picture {number}" for number in range(3)]
+    assert command(*names)[0] == 0
+    words = [sys.executable, "-m", "jaxdit.sample", f"--workdir={workdir}", f"--out={tmp_path / 'eight'}", "--steps=2"]
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"}
+    done = subprocess.run([*words, *names], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for row in rows(tmp_path / "eight"):
+        apart = pixels(tmp_path / "eight" / row["file"]) - pixels(tmp_path / "out" / row["file"])
+        assert np.abs(apart).max() <= 1
+
+
+def test_a_grid_is_compiled_once_a_kind_of_guidance_and_shows_each_cell(command, photographs, tmp_path):
+    trained._sample.clear_cache()
+    arguments = ["--prompt=a cat", f"--reference={photographs[0]}", "--grid", "--guidance_vision=1.5,2,3"]
+    code, said = command(*arguments, "--guidance_text=4,5,6,7", "--batch=4")
+    assert code == 0, said
+    assert (
+        trained._sample._cache_size() == 1 and len(rows(tmp_path / "out")) == 12
+    )  # weights are arguments, not constants
+    trained._sample.clear_cache()
+    code, said = command(*arguments, "--guidance_text=4,5", "--batch=4", "--seed=3", "--shift=1.25")
+    assert code == 0 and trained._sample._cache_size() == 1  # nor are seed and shift; six cells in two batches of three
+    found = pixels(tmp_path / "out" / "grid-a-cat-s0.png")
+    for number, row in enumerate(rows(tmp_path / "out")):
+        assert row["file"] == f"a-cat-s3-text{4 + number // 3}-vision{(1.5, 2, 3)[number % 3]:g}.png"
+    cell = pixels(tmp_path / "out" / "a-cat-s0-text5-vision2.png")
+    height, width = cell.shape[:2]
+    places = [
+        (y, x) for y in range(found.shape[0] - height) for x in range(found.shape[1] - width)
+        if (found[y, x : x + 4] == cell[0, :4]).all() and (found[y : y + height, x : x + width] == cell).all()
+    ]  # fmt: skip
+    assert len(places) == 1 and places[0][0] > height and places[0][1] > width
+    assert any(path.name.startswith("grid-a-cat-s3") for path in (tmp_path / "out").iterdir())
+
+
+def test_out_of_memory_means_smaller_batches_and_then_one_condition_at_a_time(
+    command, monkeypatch, photographs, tmp_path
+):
+    sizes, generate = [], trained.generate
+
+    def small_card(*arguments, together, **options):
+        count = len(arguments[3])
+        sizes.append((count, together))
+        if count > 1 or together:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte.")
+        return generate(*arguments, together=together, **options)
+
+    arguments = ["--prompt=a cat", "--count=5", f"--reference={photographs[0]}"]
+    assert command(*arguments)[0] == 0
+    monkeypatch.setattr(trained, "generate", small_card)
+    code, said = command(*arguments, out=tmp_path / "small")
+    assert code == 0, said
+    assert sizes == [(5, True), (3, True), (2, True), (1, True), *[(1, False)] * 5]
+    for row in rows(tmp_path / "small"):
+        assert np.abs(pixels(tmp_path / "small" / row["file"]) - pixels(tmp_path / "out" / row["file"])).max() <= 1
+
+
+def test_ctrl_c_keeps_what_is_made_and_the_same_command_draws_the_rest(command, monkeypatch, tmp_path):
+    calls, generate = [], trained.generate
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(trained, "generate", interrupted)
+    code, said = command("--prompt=a cat", "--count=6", "--batch=2")
+    assert code == 3 and "4 of 6 pictures" in said
+    assert [row["file"] for row in rows(tmp_path / "out")] == [f"a-cat-s{seed}.png" for seed in range(4)]
+    code, said = command("--prompt=a cat", "--count=6", "--batch=2")
+    assert code == 0 and "4 of 6 pictures are there already" in said and len(rows(tmp_path / "out")) == 6
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
+def test_init_stays_the_nearer_the_smaller_its_strength(command, photographs, tmp_path):
+    errors = []
+    with Image.open(photographs[0]) as picture:
+        aspect = picture.width / picture.height
+    for strength in (0.02, 0.5, 1):
+        out = tmp_path / str(strength)
+        code, said = command("--prompt=a cat", f"--init={photographs[0]}", f"--strength={strength}", out=out)
+        assert code == 0, said
+        found = pixels(out / "a-cat-s0.png")
+        assert found.shape[1] / found.shape[0] == pytest.approx(aspect, abs=0.3)
+        with Image.open(photographs[0]) as picture:
+            wanted = np.asarray(picture.convert("RGB").resize(found.shape[1::-1])).astype(int)
+        errors.append(np.abs(found - wanted).mean())
+    assert errors[0] < 12 and errors[0] < errors[1] / 2 < errors[2] / 2
+    assert command("--prompt=a cat", out=tmp_path / "free")[0] == 0  # strength 1 leaves nothing of the picture
+    if pixels(tmp_path / "free" / "a-cat-s0.png").shape == found.shape:
+        assert np.abs(pixels(tmp_path / "free" / "a-cat-s0.png") - found).max() <= 1
+
+
+def test_an_empty_prompt_is_free_of_text_and_a_list_keeps_its_good_lines(command, tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n\xff\xfe bad\n\n  a dog  \n")
+    code, said = command("--prompt=", f"--prompts={tmp_path / 'list.txt'}")
+    assert code == 1 and "list.txt:2: this line is not UTF-8" in said
+    assert [row["prompt"] for row in rows(tmp_path / "out")] == ["", "a cat", "a dog"]
+    assert rows(tmp_path / "out")[0]["file"] == "without-words-s0.png"
+
+
+def test_what_is_not_finite_is_named_and_not_saved(command, monkeypatch, tmp_path):
+    generate = trained.generate
+
+    def broken(*arguments, seed, **options):
+        latents = generate(*arguments, seed=seed, **options)
+        return np.where(np.array(seed)[:, None, None, None] == 1, np.nan, latents)
+
+    monkeypatch.setattr(trained, "generate", broken)
+    code, said = command("--prompt=a cat", "--count=3")
+    assert code == 1 and "a-cat-s1.png" in said and len(rows(tmp_path / "out")) == 2
 
 
 def conditions(run, count):
@@ -113,7 +350,7 @@ def test_conditions_reach_the_picture_and_absent_ones_do_not(workdir):
     texts, visions = conditions(run, 1)
 
     def draw(text, vision):
-        weights = sample.guidance(2.0, 1.5, [text], [vision])
+        weights = drawing.guidance(2.0, 1.5, [text], [vision])
         given = trained.conditions_of([text], [vision], run)
         return trained.generate(
             run, given, (8, 8, 16), [0], seed=0, steps=2, shift=1.0, text=weights[0], vision=weights[1]
@@ -126,10 +363,10 @@ def test_conditions_reach_the_picture_and_absent_ones_do_not(workdir):
 
 
 def test_guidance_needs_no_evaluation_for_what_is_absent():
-    assert sample.guidance(3.0, 1.5, ["t"], [None]) == (3.0, 1.0)  # two evaluations
-    assert sample.guidance(3.0, 1.5, [None], ["v"]) == (1.5, 1.5)  # two
-    assert sample.guidance(3.0, 1.5, [None], [None]) == (1.0, 1.0)  # one
-    assert sample.guidance(3.0, 1.5, ["t"], ["v"]) == (3.0, 1.5)  # three
+    assert drawing.guidance(3.0, 1.5, ["t"], [None]) == (3.0, 1.0)  # two evaluations
+    assert drawing.guidance(3.0, 1.5, [None], ["v"]) == (1.5, 1.5)  # two
+    assert drawing.guidance(3.0, 1.5, [None], [None]) == (1.0, 1.0)  # one
+    assert drawing.guidance(3.0, 1.5, ["t"], ["v"]) == (3.0, 1.5)  # three
 
 
 def test_latents_come_back_in_the_scale_of_the_data(workdir):

@@ -1,0 +1,342 @@
+"""What the model is given for a wish: text tokens, a vision vector, the latent of a picture to start from.
+
+Each distinct sentence or picture goes through its encoder once and is then kept on disk, by the encoder's fingerprint and a
+hash of the content, so that the next call loads no encoder at all. Text and vision encoders leave the memory before this
+returns. What cannot be read is a problem of the wishes that want it, not of the others.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from encode import commandline, records
+from encode.records import InputError
+from jaxdit import data
+from jaxdit.wishes import Wish
+
+MAX_PIXELS = 500_000_000  # of a reference
+TEXTS = 32  # sentences in one go
+PRECOMPUTED = {"id": "precomputed"}  # vectors that were given: nobody knows of which encoder
+
+
+@dataclass(frozen=True)
+class Given:
+    """The conditions of one wish: text [tokens, width], vision [width], init [h, w, c] raw latent; None is none."""
+
+    text: np.ndarray | None
+    vision: np.ndarray | None
+    init: np.ndarray | None
+
+
+class Cache:
+    """Encoded arrays on disk, a file a content; one that cannot be read is made again, one that cannot be written is not.
+
+    Args:
+      folder: made where it is missing; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder, self._silent = folder, folder is None
+
+    def key(self, *parts: Any) -> str:
+        """The name of what is a function of `parts` (JSON-able)."""
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def get(self, key: str) -> dict[str, np.ndarray] | None:
+        if self.folder is None:
+            return None
+        try:
+            with np.load(self.folder / f"{key}.npz", allow_pickle=False) as stored:
+                return dict(stored)
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return None
+
+    def put(self, key: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """Keep the arrays, and give them back."""
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
+                    np.savez(file, **arrays)
+                os.replace(file.name, self.folder / f"{key}.npz")
+            except OSError as error:
+                if not self._silent:
+                    logging.warning(
+                        "%s: encoded sentences and pictures are not kept (%s).", self.folder, error.strerror
+                    )
+                self._silent = True
+        return arrays
+
+
+def cache_folder(asked: str | None) -> Path | None:
+    """Where conditions are kept: what --cache says ("" is nowhere), else $XDG_CACHE_HOME/jaxdit or ~/.cache/jaxdit."""
+    if asked is None:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxdit"
+    return commandline.path_of(asked) if asked else None
+
+
+def identify(wishes: Sequence[Wish]) -> dict[str, str]:
+    """16 hexadecimal characters of the content of each file that the wishes name; no entry for what is no file."""
+    names = {name for wish in wishes for name in (*wish.references, wish.init) if name}
+    hashes = {}
+    for name in sorted(names):
+        path = commandline.path_of(name)
+        if path.is_file():
+            try:
+                hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            except OSError:
+                continue  # told when it is to be encoded
+    return hashes
+
+
+def encode(
+    wishes: Sequence[Wish],
+    config: Mapping[str, Any],
+    dataset: Mapping[str, Any],
+    *,
+    hashes: Mapping[str, str],
+    cache: Cache,
+    vae: Any,
+    known: Mapping[tuple[str, str], np.ndarray],
+) -> tuple[list[Given | None], list[str]]:
+    """The conditions of all wishes.
+
+    Args:
+      wishes: what is to be drawn.
+      config, dataset: of the working folder.
+      hashes: from `identify`.
+      cache: where to look first.
+      vae: the image encoder, for pictures to start from.
+      known: ("text", prompt) and ("vision", name): arrays that need no encoding.
+
+    Returns:
+      (conditions, one a wish, None where something of it cannot be had; a sentence for each problem).
+
+    Raises:
+      InputError: an encoder is missing, or is not the one that the data set was encoded with.
+    """
+    work = _Work(config, dataset, hashes, cache, dict(known))
+    texts = {wish.prompt for wish in wishes if wish.prompt}
+    work.texts(sorted(text for text in texts if ("text", text) not in known))
+    work.visions([(name, wish.where) for wish in wishes for name in wish.references if ("vision", name) not in known])
+    _leave_memory()
+    work.inits([(wish.init, wish.size, wish.where) for wish in wishes if wish.init], vae)
+    return [work.given(wish) for wish in wishes], work.problems
+
+
+class _Work:
+    """Arrays found so far, by kind and name, and what went wrong."""
+
+    def __init__(self, config, dataset, hashes, cache, found):
+        self.config, self.dataset, self.hashes, self.cache, self.found = config, dataset, hashes, cache, found
+        self.problems: list[str] = []
+        self.failed: set[tuple[str, str]] = set()
+
+    def given(self, wish: Wish) -> Given | None:
+        wanted = [("vision", name) for name in wish.references]
+        wanted += [("init", f"{wish.init} {wish.size}")] if wish.init else []
+        if self.failed & set(wanted):
+            return None
+        vectors = [self.found["vision", name] for name in wish.references]
+        mixed = sum(weight * vector for weight, vector in zip(wish.mix, vectors)) if wish.mix else None
+        return Given(
+            self.found["text", wish.prompt] if wish.prompt else None,
+            mixed if mixed is not None else vectors[0] if vectors else None,
+            self.found["init", f"{wish.init} {wish.size}"] if wish.init else None,
+        )
+
+    def texts(self, prompts: Sequence[str]) -> None:
+        fingerprint = self.dataset["fingerprint"]["text"]
+        keys = {prompt: self.cache.key("text", fingerprint, prompt) for prompt in prompts}
+        stored = {prompt: self.cache.get(key) for prompt, key in keys.items()}
+        missing = [prompt for prompt in prompts if stored[prompt] is None]
+        if missing:
+            encoder = self._load("text")
+            for start in range(0, len(missing), TEXTS):
+                part = missing[start : start + TEXTS]
+                for prompt, tokens in zip(part, encoder.encode(part)):
+                    # Rounded as in the records, which is what the model was trained on.
+                    tokens = tokens.astype(records.DTYPES["bfloat16"]).astype(np.float32)
+                    cut = np.array(_cut(prompt, encoder), np.str_)
+                    stored[prompt] = self.cache.put(keys[prompt], text=tokens, cut=cut)
+        for prompt in prompts:
+            self.found["text", prompt] = stored[prompt]["text"]
+            if cut := str(stored[prompt]["cut"]):
+                limit = self.dataset["encoders"]["text"]["max_tokens"]
+                print(
+                    f"A prompt is longer than the {limit} tokens that the text encoder takes; this of it is cut: {cut!r}"
+                )
+
+    def visions(self, references: Sequence[tuple[str, str]]) -> None:
+        pictures, ids, wheres = [], [], {}
+        for name, where in references:
+            if wheres.setdefault(name, where) is not where or name in pictures + ids:
+                continue
+            path = commandline.path_of(name)
+            if path.suffix == ".npy" and path.is_file():
+                self._try("vision", name, where, lambda path=path: self._vector(path))
+            elif path.is_file():
+                pictures.append(name)
+            else:
+                ids.append(name)
+        if pictures:
+            self._pictures(pictures, wheres)
+        if ids:
+            self._ids(ids, wheres)
+
+    def _pictures(self, names: Sequence[str], wheres: Mapping[str, str]) -> None:
+        from encode import images
+
+        fingerprint, encoder = self.dataset["fingerprint"].get("vision", PRECOMPUTED), None
+        cache = self.cache if fingerprint != PRECOMPUTED else Cache(None)
+        for name in names:
+            key = cache.key("vision", fingerprint, self.hashes.get(name, ""))
+            if (stored := cache.get(key)) is not None:
+                self.found["vision", name] = stored["vision"]
+                continue
+            if encoder is None:
+                encoder = self._load("vision")
+
+            def look(name=name, key=key, encoder=encoder):
+                pixels = images.decode(commandline.path_of(name), MAX_PIXELS)
+                return cache.put(key, vision=np.asarray(encoder.encode([pixels])[0], np.float32))["vision"]
+
+            self._try("vision", name, wheres[name], look)
+
+    def _ids(self, names: Sequence[str], wheres: Mapping[str, str]) -> None:
+        """References that are no files: ids of images in the data set."""
+        path = self.config["data"]["path"]
+        try:
+            source = data.Dataset(path)
+            places = find_ids(source, self.cache)
+        except InputError as error:
+            source, places = None, {}
+            why = f"no such file, and the data set {path} cannot be asked for an image of this name ({error})"
+        else:
+            why = f"no such file, and no image of this name in the data set {path}"
+        for name in names:
+            if name in places:
+                bucket, row = places[name]
+                self.found["vision", name] = np.asarray(source.records(bucket, [row])[0]["vision"], np.float32)
+            else:
+                self._fail("vision", name, wheres[name], why)
+
+    def _vector(self, path: Path) -> np.ndarray:
+        try:
+            vector = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"not a file of numbers that NumPy reads without pickle ({_first_line(error)})") from error
+        width = self.dataset["widths"]["vision"]
+        if vector.size != width or vector.shape not in ((width,), (1, width)) or vector.dtype.kind not in "fiu":
+            raise ValueError(
+                f"an array {list(vector.shape)} of {vector.dtype}; the model takes a vector of {width} numbers"
+            )
+        if not np.isfinite(vector).all():
+            raise ValueError("not all of its numbers are finite")
+        return vector.reshape(width).astype(np.float32)
+
+    def inits(self, wanted: Sequence[tuple[str, tuple[int, int], str]], vae: Any) -> None:
+        from encode import images
+
+        fingerprint = self.dataset["fingerprint"]["vae"]
+        for name, size, where in wanted:
+            place = f"{name} {size}"
+            if ("init", place) in self.found or ("init", place) in self.failed:
+                continue
+            key = self.cache.key("init", fingerprint, self.hashes.get(name, ""), size)
+            if (stored := self.cache.get(key)) is not None:
+                self.found["init", place] = stored["init"]
+                continue
+            _refuse_another("vae", vae, self.dataset)
+
+            def look(name=name, size=size, key=key):
+                pixels = images.resize(images.decode(commandline.path_of(name), MAX_PIXELS), *size)
+                return self.cache.put(key, init=vae.encode(pixels[None])[0])["init"]
+
+            self._try("init", place, where if where.startswith("--init") else f"{where}: init={name}", look)
+
+    def _try(self, kind: str, name: str, where: str, look: Callable[[], np.ndarray]) -> None:
+        from encode import images
+
+        try:
+            self.found[kind, name] = look()
+        except (images.ImageProblem, OSError, ValueError) as error:
+            self._fail(kind, name, where, str(error))
+
+    def _fail(self, kind: str, name: str, where: str, why: str) -> None:
+        self.failed.add((kind, name))
+        named = where if name in where or kind == "init" else f"{where}: {name}"
+        self.problems.append(f"{named}: {why}")
+
+    def _load(self, kind: str) -> Any:
+        from encode import encoders
+
+        load = {"text": encoders.load_text, "vision": encoders.load_vision}[kind]
+        encoder = load(self.dataset["encoders"][kind])
+        _refuse_another(kind, encoder, self.dataset)
+        return encoder
+
+
+def find_ids(source: data.Dataset, cache: Cache) -> dict[str, tuple[str, int]]:
+    """{id: (bucket, row)} of a data set; read from its records once, since its index has no names."""
+    key = cache.key("ids", str(source.path.resolve()), hashlib.sha256(json.dumps(source.info).encode()).hexdigest())
+    stored = cache.get(key)
+    if stored is None:
+        count = sum(len(rows) for rows in source.index.values())
+        if count > 2000:
+            print(f"Looking for names among the {count:,} images of {source.path}, once.")
+        ids, places = [], []
+        for bucket in source.buckets:
+            for start in range(0, len(source.index[bucket]), 64):
+                rows = range(start, min(start + 64, len(source.index[bucket])))
+                ids += [record["id"].decode() for record in source.records(bucket, rows)]
+                places += [(bucket, str(row)) for row in rows]
+        stored = cache.put(key, ids=np.array(ids, np.str_), places=np.array(places, np.str_))
+    return {str(name): (str(bucket), int(row)) for name, (bucket, row) in zip(stored["ids"], stored["places"])}
+
+
+def _refuse_another(kind: str, encoder: Any, dataset: Mapping[str, Any]) -> None:
+    stored = dataset["fingerprint"].get(kind, PRECOMPUTED)
+    found = json.loads(json.dumps(encoder.fingerprint))
+    if stored != PRECOMPUTED and (differing := [name for name in found if found[name] != stored.get(name)]):
+        name = differing[0]
+        raise InputError(
+            f"the {kind} encoder found here is not the one that the data set was encoded with: {name} is {found[name]}, it was "
+            f"{stored.get(name)}; bring that one."
+        )
+
+
+def _cut(prompt: str, encoder: Any) -> str:
+    """What of a prompt the encoder never sees; "" where it takes the whole."""
+    if encoder.count_tokens(prompt) <= encoder.max_tokens:
+        return ""
+    low, high = 0, len(prompt)  # the longest beginning that fits
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if encoder.count_tokens(prompt[:middle]) <= encoder.max_tokens else (low, middle - 1)
+    return prompt[low:].strip()
+
+
+def _leave_memory() -> None:
+    """Give back what the encoders held, on the card too."""
+    gc.collect()
+    torch = sys.modules.get("torch")  # there only if a real encoder has been loaded
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,95 @@
+"""Many wishes through the model: those of one shape in batches that fit, whatever the memory turns out to hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdit import sampler, trained
+from jaxdit.wishes import Wish
+
+# Image tokens that the model is given at once, those of guidance's other conditions included: enough to fill a card, and a
+# processor gains nothing from more.
+TOKENS = {"cpu": 2048, "gpu": 32768}
+
+
+def guidance(text: float, vision: float, texts: Sequence, visions: Sequence) -> tuple[float, float]:
+    """The two weights, made equal or one where a condition is absent everywhere: the same velocity from fewer evaluations."""
+    if all(vision_vector is None for vision_vector in visions):
+        vision = 1.0
+    if all(tokens is None for tokens in texts):
+        text = vision
+    return text, vision
+
+
+def draw(
+    run: trained.Trained,
+    asked: Sequence[Wish],
+    given: Sequence[Any],
+    options: Mapping[str, Any],
+    most: int,
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Latents of all wishes, those of one shape and one kind of guidance in batches that fit.
+
+    Args:
+      run: the model.
+      asked, given: the wishes and their conditions (`conditions.Given`).
+      options: steps, shift, solver, interval of all of them.
+      most: pictures in a batch; 0: what fills the device.
+
+    Yields:
+      A batch's [(place in `asked`, raw latent)].
+
+    Raises:
+      MemoryError: not even one picture fits, one condition at a time.
+    """
+    patch, channels = run.config["model"]["patch"], run.dataset["widths"]["latent"]
+    groups: dict[Any, list[int]] = {}
+    weights = [guidance(w.text, w.vision, [g.text], [g.vision]) for w, g in zip(asked, given)]
+    for place, (wish, found) in enumerate(zip(asked, given)):
+        terms = sampler.needed_terms(sampler.guidance_weights(*weights[place]))
+        start = wish.strength if found.init is not None else None
+        groups.setdefault((wish.size, terms, start), []).append(place)
+    for ((width, height), terms, start), places in groups.items():
+        tokens = (width // 8 // patch) * (height // 8 // patch) * len(terms)
+        fitting = most or max(1, TOKENS.get(jax.default_backend(), TOKENS["gpu"]) * jax.device_count() // tokens)
+        together, size = True, 0
+        while places:
+            size = size or math.ceil(len(places) / math.ceil(len(places) / fitting))  # equal parts: one program
+            part = places[:size]
+            rows = part + part[:1] * (size - len(part))
+            try:
+                latents = trained.generate(
+                    run,
+                    trained.conditions_of([given[k].text for k in rows], [given[k].vision for k in rows], run),
+                    (height // 8, width // 8, channels),
+                    [0] * len(rows),
+                    seed=[asked[k].seed for k in rows],
+                    text=[weights[k][0] for k in rows],
+                    vision=[weights[k][1] for k in rows],
+                    init=None if start is None else np.stack([given[k].init for k in rows]),
+                    strength=start or 1.0,
+                    together=together,
+                    **options,
+                )
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                if size > 1:
+                    fitting = (size + 1) // 2
+                    print(f"Out of memory with {size} pictures of {width}x{height} at once; {fitting} are tried.")
+                    size = 0
+                elif together and len(terms) > 1:
+                    together = False
+                    print(f"Out of memory; the {len(terms)} conditions of guidance are evaluated one after the other.")
+                else:
+                    raise MemoryError(
+                        f"one picture of {width}x{height} does not fit into the device's memory"
+                    ) from error
+                continue
+            places = places[size:]
+            yield list(zip(part, latents))

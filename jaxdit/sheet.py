@@ -1,0 +1,84 @@
+"""Many pictures as one: a contact sheet with words under each, and a grid of two guidance weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+SIDE, MARGIN, LINE, LINES = 256, 8, 15, 3  # pixels; lines of words
+LARGEST_CELL = 512
+PAPER, INK = (250, 250, 248), (30, 30, 30)
+
+
+def thumbnail(pixels: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """[height, width, 3] uint8, made to fit a square of that side; never enlarged."""
+    image = Image.fromarray(pixels)
+    return pixels if max(image.size) <= side else np.asarray(ImageOps.contain(image, (side, side)))
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], words: Sequence[str]) -> Image.Image:
+    """A page about as wide as high.
+
+    Args:
+      pictures: [height, width, 3] uint8, at most 256 a side.
+      words: under each, cut to three lines.
+    """
+    columns = math.ceil(math.sqrt(len(pictures)))
+    wide, high = SIDE + MARGIN, SIDE + MARGIN + LINES * LINE + 4
+    page = Image.new("RGB", (columns * wide + MARGIN, math.ceil(len(pictures) / columns) * high + MARGIN), PAPER)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for place, (picture, text) in enumerate(zip(pictures, words)):
+        left, top = MARGIN + place % columns * wide, MARGIN + place // columns * high
+        height, width = picture.shape[:2]
+        page.paste(Image.fromarray(picture), (left + (SIDE - width) // 2, top + SIDE - height))
+        for number, line in enumerate(_lines(text, font, SIDE)):
+            pen.text((left, top + SIDE + 3 + number * LINE), line, INK, font)
+    return page
+
+
+def grid(cells: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Sequence[str], title: str) -> Image.Image:
+    """A table of pictures, its rows and columns labelled.
+
+    Args:
+      cells: a row of [height, width, 3] uint8 pictures of one size for each of `rows`.
+      rows, columns: what is written beside and above.
+      title: above all, cut to three lines.
+    """
+    height, width = cells[0][0].shape[:2]
+    font = ImageFont.load_default(14)
+    left = MARGIN + max(math.ceil(font.getlength(label)) for label in rows) + MARGIN
+    column = max(width, *(math.ceil(font.getlength(label)) for label in columns))
+    lines = _lines(title, font, len(columns) * (column + MARGIN))
+    top = MARGIN + len(lines) * 20 + 24
+    page = Image.new("RGB", (left + len(columns) * (column + MARGIN), top + len(rows) * (height + MARGIN)), PAPER)
+    pen = ImageDraw.Draw(page)
+    for number, line in enumerate(lines):
+        pen.text((left, MARGIN + number * 20), line, INK, font)
+    for place, label in enumerate(columns):
+        pen.text((left + place * (column + MARGIN) + width / 2, top - 8), label, INK, font, anchor="ms")
+    for number, (label, line) in enumerate(zip(rows, cells)):
+        y = top + number * (height + MARGIN)
+        pen.text((left - MARGIN, y + height / 2), label, INK, font, anchor="rm")
+        for place, cell in enumerate(line):
+            x = left + place * (column + MARGIN)
+            page.paste(Image.fromarray(cell), (x, y))
+    return page
+
+
+def _lines(text: str, font, width: float) -> list[str]:
+    """The text in at most LINES lines that fit, with an ellipsis where it is cut."""
+    lines, rest = [], " ".join(text.split())
+    while rest and len(lines) < LINES:
+        end = len(rest)
+        while end > 1 and font.getlength(rest[:end]) > width:
+            end -= 1
+        if end < len(rest) and len(lines) == LINES - 1:
+            return [*lines, rest[: max(end - 1, 1)].rstrip() + "…"]
+        cut = rest.rfind(" ", 0, end + 1) if end < len(rest) else end
+        cut = cut if cut > 0 else end
+        lines.append(rest[:cut])
+        rest = rest[cut:].lstrip()
+    return lines
