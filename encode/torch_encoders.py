@@ -18,6 +18,8 @@ from encode.prepare import Resizing
 from encode.records import InputError
 
 VAE_PIXELS = 4 * 1024 * 1024  # in one go; more are taken in parts
+WHOLE_PIXELS = 2 * 1024 * 1024  # of one picture: a larger one is decoded in tiles
+TILE = 512  # pixels; neighbours overlap by a quarter
 TEXT_TOKENS = 4096  # in one go, padding included: 8 captions of 512 tokens, or 100 of 40
 SAMPLE_CAPTION = "A red kite above the sea on the left, and two people who watch it from the beach on a windy day."
 VAE = weights.Wanted(
@@ -93,11 +95,38 @@ class FluxVAE(DeviceEncoder):
         self._proven(latents)
         return latents
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """[b, h, w, 16] float32 raw latents -> [b, 8h, 8w, 3] uint8 sRGB."""
-        values = self._in_parts(self._decode, latents, 64 * latents.shape[1] * latents.shape[2])
+    def decode(self, latents: np.ndarray, *, tiled: bool | None = None) -> np.ndarray:
+        """Latents to pixels.
+
+        Args:
+          latents: [b, h, w, 16] float32, raw.
+          tiled: in blended tiles, one picture at a time, which needs little memory whatever its size and is not quite the
+            same; None: where a picture is large, or the device runs out of memory.
+
+        Returns:
+          [b, 8h, 8w, 3] uint8 sRGB.
+        """
+        area = 64 * latents.shape[1] * latents.shape[2]
+        if tiled is None:
+            try:
+                values = self._decode_all(latents, area, area > WHOLE_PIXELS)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                values = self._decode_all(latents, area, True)
+        else:
+            values = self._decode_all(latents, area, tiled)
         self._proven(values)
         return np.clip(np.round((values + 1) * 127.5), 0, 255).astype(np.uint8)
+
+    def _decode_all(self, latents: np.ndarray, area: int, tiled: bool) -> np.ndarray:
+        if not tiled:
+            return self._in_parts(self._decode, latents, area)
+        self._module.enable_tiling()
+        self._module.tile_sample_min_size, self._module.tile_latent_min_size = TILE, TILE // 8
+        try:
+            return self._in_parts(self._decode, latents, VAE_PIXELS)
+        finally:
+            self._module.disable_tiling()  # it would hold for encoding too
 
     def _encode(self, pixels: np.ndarray) -> torch.Tensor:
         values = self._upload(pixels).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1

@@ -129,11 +129,12 @@ def encode(
       InputError: an encoder is missing, or is not the one that the data set was encoded with.
     """
     work = _Work(config, dataset, hashes, cache, dict(known))
-    texts = {wish.prompt for wish in wishes if wish.prompt}
-    work.texts(sorted(text for text in texts if ("text", text) not in known))
+    if texts := sorted({wish.prompt for wish in wishes if wish.prompt and ("text", wish.prompt) not in known}):
+        work.texts(texts)
     work.visions([(name, wish.where) for wish in wishes for name in wish.references if ("vision", name) not in known])
     _leave_memory()
-    work.inits([(wish.init, wish.size, wish.where) for wish in wishes if wish.init], vae)
+    if inits := [(wish.init, wish.size, wish.where) for wish in wishes if wish.init]:
+        work.inits(inits, vae)
     return [work.given(wish) for wish in wishes], work.problems
 
 

@@ -91,13 +91,21 @@ class Shapes:
         aspect = float(found[1]) / float(found[2])
         size = self.nearest(aspect)
         if _apart(aspect, size[0] / size[1]) > math.log(CLOSE):
-            area = size[0] * size[1]
-            exact = [max(self.unit, round(side / self.unit) * self.unit) for side in _sides(area, aspect)]
+            exact = self._exact(size[0] * size[1], aspect)
             print(
                 f"{where}: aspect={words}: {size[0]}x{size[1]} is the nearest shape that the model has seen; "
                 f"size={exact[0]}x{exact[1]} would be nearer, and new to it."
             )
         return size
+
+    def _exact(self, area: float, aspect: float) -> tuple[int, int]:
+        """The size on the grid nearest to that aspect, of about that area."""
+        sides = [side / self.unit for side in (math.sqrt(area * aspect), math.sqrt(area / aspect))]
+        near = [[max(1, math.floor(side)), math.ceil(side)] for side in sides]
+        width, height = min(
+            ((w, h) for w in near[0] for h in near[1]), key=lambda size: _apart(aspect, size[0] / size[1])
+        )
+        return width * self.unit, height * self.unit
 
     def _example(self) -> str:
         width, height = self.usual()
@@ -270,10 +278,6 @@ def _numbers(value: Any, name: str, where: str) -> tuple[float, float]:
 def _pair(words: str) -> tuple[int, int]:
     width, height = words.split("x")
     return int(width), int(height)
-
-
-def _sides(area: float, aspect: float) -> tuple[float, float]:
-    return math.sqrt(area * aspect), math.sqrt(area / aspect)
 
 
 def _apart(one: float, other: float) -> float:

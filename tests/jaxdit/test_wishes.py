@@ -1,0 +1,98 @@
+import json
+
+import pytest
+
+from encode.records import InputError
+from jaxdit import wishes
+
+SHAPES = wishes.Shapes(16, {"112x144": 33, "128x128": 34, "144x112": 33})
+DEFAULTS = {"scales": [3.0, 1.5], "seed": 2}
+
+
+def one(fields, **defaults):
+    return wishes.wish(fields, DEFAULTS | defaults, SHAPES, "here")
+
+
+def test_a_line_overrides_the_flags_and_count_counts_seeds():
+    found = one({"prompt": " a cat ", "scales": [2, 1], "count": 3, "size": "64x96"}, aspect="1:1")
+    assert [wish.seed for wish in found] == [2, 3, 4]
+    assert {(wish.prompt, wish.text, wish.vision, wish.size) for wish in found} == {("a cat", 2.0, 1.0, (64, 96))}
+    assert one({"prompt": "a"})[0] == one({"prompt": "a", "seed": None})[0]
+    assert one({})[0].size == (128, 128) and one({})[0].prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("aspect", "size"), [("3:2", (144, 112)), ("1:1", (128, 128)), ("9:16", (112, 144)), ("1.3:1", (144, 112))]
+)
+def test_an_aspect_is_the_nearest_bucket_and_says_so_where_it_is_not_near(aspect, size, capsys):
+    assert one({"aspect": aspect}, size="64x64")[0].size == size
+    said = capsys.readouterr().out
+    assert (f"{size[0]}x{size[1]} is the nearest shape" in said) == (aspect in ("3:2", "9:16"))
+    assert aspect != "3:2" or "size=144x96 would be nearer" in said
+
+
+def test_two_references_are_mixed_by_weights_that_sum_to_one():
+    wish = one({"reference": ["a.png", "b.png"], "mix": [3, 1]})[0]
+    assert wish.references == ("a.png", "b.png") and wish.mix == (0.75, 0.25)
+    assert one({"reference": "a.png"}, mix=[1, 1])[0].mix == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": 3}, "prompt=3 is not a string"),
+        ({"seed": 1.5}, "seed=1.5 is not a whole number"),
+        ({"seed": True}, "seed=True"),
+        ({"seed": 2**32 - 1, "count": 2}, "seeds go from 0 to 4,294,967,295"),
+        ({"count": 0}, "count=0"),
+        ({"scales": 3}, r"scales=3: two numbers"),
+        ({"scales": [1, float("nan")]}, "scales=nan is not a number"),
+        ({"size": "100x100"}, "the nearest size is 96x96"),
+        ({"size": [64, 64]}, "is not WIDTHxHEIGHT"),
+        ({"size": "64x64", "aspect": "1:1"}, "size and aspect"),
+        ({"aspect": "wide"}, "aspect='wide'"),
+        ({"aspect": "0:1"}, "aspect='0:1'"),
+        ({"reference": ["a", "b"]}, "2 references"),
+        ({"reference": ["a", "b", "c"], "mix": [1, 1]}, "3 references"),
+        ({"reference": ["a", "b"], "mix": [0, 0]}, "not both 0"),
+        ({"reference": ["a", "b"], "mix": [1, -1]}, "from 0 up"),
+        ({"init": "a.png", "strength": 0}, "strength=0"),
+        ({"strength": 0.5}, "needs a picture to start from"),
+    ],
+)
+def test_wrong_values_name_the_line_and_the_field(fields, words):
+    with pytest.raises(InputError, match=f"^here: .*{words}"):
+        one(fields)
+
+
+def test_json_lines_are_read_and_what_is_wrong_is_named_with_its_line(tmp_path):
+    path = tmp_path / "list.jsonl"
+    (tmp_path / "beside.png").write_bytes(b"")
+    path.write_text(
+        '\n{"prompt": "a", "reference": "beside.png"}\n{"reference": ["beside.png", "far.png"], "mix": [1, 1]}\n'
+    )
+    found, problems = wishes.read_list(path)
+    assert not problems and [where for where, _ in found] == [f"{path}:2", f"{path}:3"]
+    assert found[0][1]["reference"] == str(tmp_path / "beside.png")
+    assert found[1][1]["reference"] == [str(tmp_path / "beside.png"), "far.png"]
+    for line, words in (
+        ({"promt": "a"}, r":3: 'promt' is unknown; the nearest is 'prompt'"),
+        ({"zzz": 1}, r":3: 'zzz' is unknown; known: prompt, "),
+        (["a"], ":3: an object is wanted"),
+    ):
+        path.write_text(f'{{"prompt": "a"}}\n\n{json.dumps(line)}\n')
+        with pytest.raises(InputError, match=words):
+            wishes.read_list(path)
+    path.write_text('{"prompt": "a"\n')
+    with pytest.raises(InputError, match=":1: not JSON"):
+        wishes.read_list(path)
+
+
+def test_flags_are_paired():
+    assert [fields["reference"] for _, fields in wishes.pair_up(["a", "b"], ["x"], None)] == ["x", "x"]
+    assert [fields["reference"] for _, fields in wishes.pair_up(["a", "b"], ["x", "y"], None)] == ["x", "y"]
+    assert [fields["prompt"] for _, fields in wishes.pair_up([], ["x", "y"], None)] == ["", ""]
+    mixed = wishes.pair_up(["a", "b"], ["x", "y"], [1.0, 2.0])
+    assert [fields["reference"] for _, fields in mixed] == [["x", "y"]] * 2
+    with pytest.raises(InputError, match="not UTF-8"):
+        wishes.pair_up(["caf\udce9"], [], None)
