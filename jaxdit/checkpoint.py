@@ -65,7 +65,7 @@ class Checkpoints:
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state, ema)))
             free = shutil.disk_usage(self.folder).free
             if free < needed:
-                raise OSError(f"it takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+                raise OSError(f"it takes {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free")
             if not self._complete(step):
                 _remove(self.folder / str(step))  # a snapshot of an earlier pass over this step, without its state
                 items = ocp.args.Composite(
@@ -83,6 +83,7 @@ class Checkpoints:
         with self._telling_failures():
             self._writer.wait_until_finished()
             if self._landing is not None and self._complete(self._landing):
+                logging.info("Step %d is saved.", self._landing)
                 self.failures, self._landing = 0, None
             self._prune()
 

@@ -182,7 +182,9 @@ class Dataset:
 
     def _name_damage(self, bucket: str, rows: np.ndarray, error: Exception) -> str:
         names = ", ".join(str(records.shard_path(self.path, bucket, shard)) for shard in self._shards(bucket, rows))
-        return f"cannot read a record of {names}: {error}; remove the damaged shard with its index and encode again."
+        return (
+            f"cannot read a record of {names}: {error}; python -m encode.doctor --data={self.path} --repair mends it."
+        )
 
     def fixed_batches(
         self, split: str, batch_size: int, count: int

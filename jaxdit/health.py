@@ -69,7 +69,7 @@ def judge(
             words, since = found
             return Verdict(name, f"{words}. {advice.format(back=_back(saved, since))}", since, level)
     if math.isnan(past.usual[0]):
-        words = f"{len(past.step)} rows so far are too few to know what is usual. Nothing to do."
+        words = f"{len(past.step)} logged row{'s' * (len(past.step) > 1)} so far: too few to know what is usual. Nothing to do."
         return Verdict("young", words, None, "good")
     seen = f"loss {exp(past.now):.3g}, gradient norm {exp(median(past.norm[-RECENT:])):.3g}"
     if (jumps := hold(_jumps, past)) is not None:

@@ -4,6 +4,7 @@ Trains in the working folder DIR, or goes on where it stopped. Any field of the 
 0 done, 1 the work failed, 2 the call or the input is wrong, 3 stopped on request with everything saved.
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
 
 from absl import flags
+from absl import logging as absl_logging
 
 from encode import commandline
 from encode.records import InputError
@@ -28,14 +30,16 @@ def main(config) -> int:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     import jax
 
+    # A night's log is read by the clock.
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%a %d %b %H:%M:%S"))
     if not jax.config.jax_compilation_cache_dir:  # a run that goes on does not compile again
         jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/jaxdit/compiled").expanduser()))
 
-    from jaxdit import checkpoint, train
+    from jaxdit import checkpoint, teller, train
 
     try:
         result = train.train(config, commandline.path_of(WORKDIR.value))
-    except train.TrainingStopped as error:
+    except teller.TrainingStopped as error:
         return commandline.fail(str(error))
     except checkpoint.SaveFailed as error:
         commandline.fail(str(error))

@@ -35,12 +35,19 @@ def look(config: Any, dataset: Mapping[str, Any]) -> dict[str, Any]:
       InputError: the gate is missing, failed, or of other code or encoders; or the other folder does not fit.
     """
     options = config.train
-    record: dict[str, Any] = {"model_code": model_code()}
+    record: dict[str, Any] = {"model_code": model_code(), "holdout_fraction": config.data.holdout_fraction}
     inherited = None
     if options.restore:
         record["restore"], inherited = _restored(options.restore)
     if options.init_from:
         record["init_from"], inherited = _stage(options.init_from, options.init_weights, config, dataset)
+        before = _held_out_before(Path(record["init_from"]["workdir"]))
+        if before < config.data.holdout_fraction and config.train.eval_every:
+            logging.warning(
+                "data.holdout_fraction=%g, but the stages before held out %g: some of the held-out images have been trained "
+                "on, and the held-out loss will not show what is learnt by heart.", config.data.holdout_fraction, before,
+            )  # fmt: skip
+        record["holdout_fraction"] = min(before, config.data.holdout_fraction)
     if inherited and options.gate in (NEEDED, NONE):
         record["gate"] = inherited
         logging.info("The gate of the run before is inherited: %s.", inherited["verdict"])
@@ -160,6 +167,12 @@ def parse(field: str, value: str, item: str) -> tuple[Path, int]:
         found = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
         raise InputError(f"{field}={value}: no such step was saved with its {item}; {found}.")
     return folder, step
+
+
+def _held_out_before(folder: Path) -> float:
+    """The share of the images that neither a run nor the stages before it have trained on."""
+    own = json.loads((folder / "config.json").read_text(encoding="utf-8"))["data"]["holdout_fraction"]
+    return min(own, read(folder).get("holdout_fraction", own))
 
 
 def _restored(value: str) -> tuple[dict[str, Any], dict[str, Any] | None]:

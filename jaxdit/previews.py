@@ -57,7 +57,7 @@ class Previews:
         self._fixed = stored or preview_set.choose(self.folder, dataset, config)
         self._awaited = set(decode_previews.waiting(self.folder))
         logging.info(
-            "%d previews in %d shapes will be drawn, of %d Euler steps each; they appear in %s.",
+            "Previews   %d pictures in %d bucket(s), of %d Euler steps each; they appear in %s.",
             len(self._fixed.pictures), len(set(self._fixed.buckets)), config.sample.steps, self.folder,
         )  # fmt: skip
         # At a new run's start too, when nothing waits: a decoder that is missing is then known on the first day.

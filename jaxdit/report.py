@@ -164,7 +164,7 @@ def _tiles(run: Standing) -> str:
         (amount(run.passes), f"passes over {run.images:,} images") if run.passes else None,
         (duration(run.seconds), "of training") if run.seconds else None,
         (_energy(run, run.seconds), f"at {run.watts:,.0f} W, an estimate") if run.seconds and run.watts else None,
-        (f"{run.rate:,.3g}", "images a second") if run.rate else None,
+        (f"{run.rate:,.3g}", "images a second, pauses included") if run.rate else None,
         (f"{run.loss:.4f}", "loss, of late") if run.loss is not None else None,
         (f"{run.held_out:.4f}", "held-out loss") if run.held_out is not None else None,
         (f"{run.voided:,}", "update voided" if run.voided == 1 else "updates voided"),

@@ -75,6 +75,8 @@ class Standing:
     @cached_property
     def images(self) -> int:
         """Images that are trained on, about: the held-out ones are drawn by chance."""
+        if passes := self.columns.last("passes"):
+            return round(self.samples / passes)
         held_out = _number(self.config, "data", "holdout_fraction") or 0.0
         return round((_number(self.dataset, "count") or 0) * (1 - held_out))
 

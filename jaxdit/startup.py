@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import shutil
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxdit import estimate, metrics, model, optim
+from jaxdit import checkpoint, estimate, metrics, model, optim
 
 ENOUGH_SAMPLES = 100_000_000  # models trained at home that draw well have seen 100 to 200 million; a million is mud
 SHOWN = 8  # buckets named one by one
 
 
-def announce(config: Any, dataset: Any, settings: Mapping[str, Any], shapes: Any, origin: Mapping[str, Any]) -> None:
+def announce(
+    config: Any, dataset: Any, settings: Mapping[str, Any], shapes: Any, origin: Mapping[str, Any], workdir: Path
+) -> None:
     """Say what is about to happen, in the log."""
-    for line in describe(config, dataset, settings, shapes, origin, device_memory()):
+    written = sum(path.stat().st_size for path in (workdir / "checkpoints").rglob("*") if path.is_file())
+    room = shutil.disk_usage(workdir).free + written
+    for line in describe(config, dataset, settings, shapes, origin, device_memory(), room):
         logging.info(line)
-    for line in warnings(config, dataset, settings, shapes, origin, device_memory()):
+    for line in warnings(config, dataset, settings, shapes, origin, device_memory(), room):
         logging.warning(line)
 
 
-def describe(config, dataset, settings, shapes, origin, memory: int) -> list[str]:
-    """The lines of the screen; memory is the device's, in bytes."""
+def describe(config, dataset, settings, shapes, origin, memory: int, room: int) -> list[str]:
+    """The lines of the screen; memory is the device's, room what the disk has for checkpoints, in bytes."""
     train, updates = config.train, config.train.total_steps
     counts = {name: len(rows) for name, rows in dataset.train.items() if len(rows)}
     images, held_out = sum(counts.values()), sum(map(len, dataset.held_out.values()))
@@ -59,6 +66,8 @@ def describe(config, dataset, settings, shapes, origin, memory: int) -> list[str
             else "no held-out evaluation."
         ),
         memory_line(config, dataset, settings, shapes, memory),
+        f"Disk       {disk(config, shapes) / 1e9:,.1f} GB of checkpoints at the most: {config.checkpoint.keep} to go on from, "
+        f"one being written, and averaged weights; {room / 1e9:,.1f} GB can be used.",
     ]
     for name, words in (("init_from", "Weights"), ("restore", "Goes back")):
         if name in origin:
@@ -73,7 +82,7 @@ def _fields(section: Any) -> str:
     return ", ".join(f"{name} {value if value not in ('', (), None) else '-'}" for name, value in section.items())
 
 
-def warnings(config, dataset, settings, shapes, origin, memory: int) -> list[str]:
+def warnings(config, dataset, settings, shapes, origin, memory: int, room: int) -> list[str]:
     """What is possible but odd, each with its arithmetic."""
     found = []
     total = largest(config, dataset, settings, shapes)
@@ -81,6 +90,11 @@ def warnings(config, dataset, settings, shapes, origin, memory: int) -> list[str
         found.append(
             f"Memory: by the estimate {total / 1e9:.1f} GB are needed and the device has {memory / 1e9:.1f} GB. Take "
             "--config.model.remat=block or a smaller train.micro_batch; python -m jaxdit.plan names the largest."
+        )
+    if disk(config, shapes) > room:
+        found.append(
+            f"Disk: the checkpoints of the whole run take {disk(config, shapes) / 1e9:,.1f} GB, and {room / 1e9:,.1f} GB can be "
+            "used; make room before they do, or take a larger checkpoint.every."
         )
     samples = config.train.total_steps * config.train.batch_size
     if dataset.info["resolution"] >= 1024 and not origin.keys() & {"init_from", "restore"} and samples < ENOUGH_SAMPLES:
@@ -103,6 +117,14 @@ def remaining(config: Any, step: int, rate: float) -> str:
         f"Measured: {rate:.1f} images/s. The run ends in {metrics.duration(seconds)} ({end}), after about {energy:,.1f} kWh at "
         f"metrics.watts={config.metrics.watts:g}."
     )
+
+
+def disk(config: Any, shapes: Any) -> int:
+    """Bytes that the checkpoints take at the most: state and average of the newest, averages alone of the rest."""
+    every, total = config.checkpoint.every, config.train.total_steps
+    parameters = 4 * model.count_parameters(shapes)
+    snapshots = min(checkpoint.SNAPSHOTS, total // every) + total // math.lcm(every, checkpoint.LONG_INTERVAL)
+    return parameters * (4 * (config.checkpoint.keep + 1) + snapshots)
 
 
 def memory_line(config, dataset, settings, shapes, memory: int) -> str:

@@ -39,16 +39,10 @@ from jaxdit import (
     update,
 )
 from jaxdit import workdir as folder
+from jaxdit.teller import JUDGED, Teller
 
-VOIDED_LIMIT = 10
-SAY_EVERY = 30.0  # seconds between progress lines, at the most
 TRY_AGAIN = 300.0  # seconds after a save that failed
 FREE_SECONDS = 60.0  # of evaluation and previews, before train.eval_budget is looked at
-JUDGED = 2_000  # rows that health looks at
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message names the last good checkpoint. Exit code 1."""
 
 
 def train(config: Any, workdir: str | Path) -> str:
@@ -63,7 +57,7 @@ def train(config: Any, workdir: str | Path) -> str:
 
     Raises:
       InputError: the configuration, the data set or the working folder is wrong; nothing was changed.
-      TrainingStopped: too many updates in a row were not finite.
+      teller.TrainingStopped: too many updates in a row were not finite.
       checkpoint.SaveFailed: too many saves in a row, or the last one, could not be written.
     """
     workdir = Path(workdir)
@@ -82,6 +76,9 @@ def train(config: Any, workdir: str | Path) -> str:
         text_lengths=config.data.text_lengths,
         normalize_vision=config.data.normalize_vision,
     )
+    done = (checkpoint.saved_steps(workdir, "state") or [0])[-1]
+    if done > config.train.total_steps:
+        raise InputError(f"train.total_steps={config.train.total_steps}: {workdir} has done {done} steps already.")
     start = origin.look(config, dataset.info) if folder.is_new(workdir) else None
     with only_one(workdir):
         dataset.describe(folder.claim(workdir, config, dataset.path, dataset.info, start))
@@ -95,7 +92,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
     everywhere, divided = mesh.replicated(devices), mesh.over_batch(devices)
     settings = trained.model_settings(config.model, dataset.info["widths"])
     graph, shapes = model.abstract(settings)
-    startup.announce(config, dataset, settings, shapes, origin.read(workdir))
+    startup.announce(config, dataset, settings, shapes, origin.read(workdir), workdir)
     schedule = optim.learning_rate(
         peak=config.optim.peak_learning_rate,
         end=config.optim.end_learning_rate,
@@ -132,7 +129,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
         start_seconds=log.seconds,
         peak=estimate.peak_flops(jax.devices()[0].device_kind, settings["dtype"], jax.device_count()),
     )
-    teller = Teller(config, log, clock, rows, saver)
+    teller = Teller(config, log, clock, rows, saver, sum(map(len, dataset.train.values())))
     pictures = previews.Previews(workdir, dataset, config, graph) if config.sample.previews else None
     budget, stop, saved_at = Budget(config.train.eval_budget), StopOnSignal(), time.monotonic()
     micro_batches = config.train.batch_size // config.train.micro_batch
@@ -209,9 +206,10 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
                     clock.skip(seconds)
                     if found:
                         pending |= found | {"eval_seconds": seconds}
-                due = step % config.checkpoint.every == 0 or last
-                retry = saver.failures and time.monotonic() - saved_at > TRY_AGAIN
-                if due or retry or time.monotonic() - saved_at > 60 * config.checkpoint.minutes:
+                due, since = step % config.checkpoint.every == 0 or last, time.monotonic() - saved_at
+                # A save that failed is tried again when there was time to make room.
+                wanted = since > TRY_AGAIN if saver.failures else due or since > 60 * config.checkpoint.minutes
+                if wanted or last:
                     save()
                     saved_at = time.monotonic()
                 if due and pictures and not stop.requested and budget.allows("previews", last):
@@ -241,7 +239,12 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
         batches.close()
         saver.close()
     report.update(workdir)
-    return "stopped" if step < config.train.total_steps else "done"
+    if step < config.train.total_steps:
+        logging.info(
+            "Stopped at step %d of %d with everything saved; the same command goes on.", step, config.train.total_steps
+        )
+        return "stopped"
+    return "done"
 
 
 def begin(config, workdir, settings, optimizer, saver, shapes, everywhere):
@@ -255,7 +258,10 @@ def begin(config, workdir, settings, optimizer, saver, shapes, everywhere):
         step, rest, ema, kept = restored
         now = json.loads(config.to_json_best_effort())
         folder.refuse_fixed(saver.folder / str(step), folder.changed_fields(kept["config"], now))
-        logging.info("Going on at step %d of %d in %s.", step, config.train.total_steps, workdir)
+        if step < config.train.total_steps:
+            logging.info("Going on at step %d of %d in %s.", step, config.train.total_steps, workdir)
+        else:
+            logging.info("All %d steps are done already; a larger train.total_steps goes on from there.", step)
         return step, rest | {"ema": ema}, kept["position"]
     source = origin.read(workdir)
     if "restore" in source:
@@ -271,56 +277,6 @@ def begin(config, workdir, settings, optimizer, saver, shapes, everywhere):
         fresh = jax.jit(partial(update.state_of, optimizer), out_shardings=everywhere, donate_argnums=0)
         return 0, fresh(jax.device_put(params, everywhere)), None
     return 0, initial(), None
-
-
-class Teller:
-    """Writes a finished step where it is due, says when the run's health changes, and ends a run that cannot go on."""
-
-    def __init__(self, config, log, clock, rows, saver):
-        self.config, self.log, self.clock, self.rows, self.saver = config, log, clock, rows, saver
-        self.verdict = rows[-1].get("health") if rows else None
-        self.estimated = False
-
-    def tell(self, row: dict[str, Any]) -> None:
-        """One row of `update.apply_update`, with its "step" and what an evaluation found."""
-        self.saver.check()
-        options, step = self.config.train, row["step"]
-        voided_in_row = int(jax.device_get(row["voided_in_row"]))
-        due = (
-            step % options.log_every == 0 or step in (1, options.total_steps) or voided_in_row or "eval_seconds" in row
-        )
-        if due or self.clock.silent_for() > SAY_EVERY:  # at 1024 twenty updates take twenty minutes: too long a silence
-            values = _numbers(jax.device_get(row))
-            values["samples_seen"] = step * options.batch_size
-            values |= self.clock.look()
-            if "eval/held_out/ema/text_vision" in values:
-                values["held_out_loss"] = values["eval/held_out/ema/text_vision"]
-            if due:
-                self._judge(values)
-                self.log.write(values)
-            self.clock.said()
-            if voided_in_row:
-                logging.warning("Step %d was voided: its loss or gradient is not finite; nothing moved.", step)
-            else:
-                logging.info(metrics.progress_line(values, options.total_steps, options.batch_size))
-            if values["images_per_second"] and not self.estimated:
-                self.estimated = True
-                logging.info(startup.remaining(self.config, step, values["images_per_second"]))
-        if voided_in_row >= VOIDED_LIMIT:
-            saved = self.saver.steps()
-            raise TrainingStopped(
-                f"{voided_in_row} updates in a row up to step {step} were not finite. The last good checkpoint is "
-                f"{f'step {saved[-1]}' if saved else 'none'} in {self.saver.folder}; lower optim.peak_learning_rate and go on."
-            )
-
-    def _judge(self, values: dict[str, Any]) -> None:
-        self.rows = [*self.rows[-JUDGED:], values]
-        verdict = health.judge(self.rows, saved=self.saver.steps(), **self.config.health)
-        values["health"] = verdict.name
-        if verdict.name != self.verdict:
-            say = logging.warning if verdict.level == "act" else logging.info
-            say("Health: %s", verdict.words)
-            self.verdict = verdict.name
 
 
 class Budget:
@@ -368,16 +324,6 @@ class StopOnSignal:
     def close(self):
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def _numbers(row):
-    """Python numbers by name, an array's as NAME/0, NAME/1, ...; None where not finite, as JSON has no NaN."""
-    values = {}
-    for name, value in row.items():
-        parts = np.asarray(value)
-        named = [(name, parts)] if parts.ndim == 0 else [(f"{name}/{k}", part) for k, part in enumerate(parts)]
-        values |= {key: part.item() if np.isfinite(part) else None for key, part in named}
-    return values
 
 
 def _split_ema(state):

@@ -191,6 +191,13 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
         raise InputError(
             f"{dataset.path} was encoded in another way than the data of {workdir}; judge on data of its kind."
         )
+    shapes = {name: info["latent"] for name, info in averaged.dataset["buckets"].items()}
+    for name, info in dataset.info["buckets"].items():
+        if shapes.get(name) != info["latent"]:
+            raise InputError(
+                f"{dataset.path} has a bucket {name} that the data of {workdir} have not ({', '.join(shapes)}); judge on data "
+                "of the same resolution."
+            )
     vae = encoders.load_vae(dataset.info["encoders"]["vae"])
     examples = gather(dataset, vae)
     out = Path(out)
@@ -295,8 +302,16 @@ def define_flags() -> None:
 
 def main() -> int:
     workdir = commandline.path_of(flags.FLAGS.workdir)
-    result = gate(workdir, flags.FLAGS.out or workdir / "gate", flags.FLAGS.data)
-    print(f"The gate: {result['verdict']}" + (f" ({', '.join(result['failed'])})" if result["failed"] else "") + ".")
+    out = commandline.path_of(flags.FLAGS.out or str(workdir / "gate"))
+    result = gate(workdir, out, flags.FLAGS.data)
+    words = result["failed"]
+    if result["verdict"] == "fail":
+        words = [f"{name} {result['averaged'][name]:.0%} of {THRESHOLDS[name]:.0%} needed" for name in words]
+    print(
+        f"The gate: {result['verdict']}"
+        + (f" ({', '.join(words)})" if words else "")
+        + f". Look at {out / 'gate.html'}"
+    )
     return {"pass": 0, "fail": 1, "incomplete": 2}[result["verdict"]]
 
 

@@ -12,7 +12,7 @@ FLOORS = [
     {"main", "sample", "validate", "plan"},
     {"train"},
     {"previews", "measure"},
-    {"preview_set", "album", "conditions", "drawing"},
+    {"teller", "preview_set", "album", "conditions", "drawing"},
     {"trained", "update", "heldout", "origin", "startup"},
     {"model", "flow", "sampler", "optim", "data", "checkpoint", "mesh", "workdir", "report", "estimate"},
     {"standing"},

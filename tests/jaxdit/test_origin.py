@@ -129,6 +129,22 @@ def test_a_stage_inherits_the_gate_and_takes_the_newest_or_the_named_step(tmp_pa
         origin.look(config(init_from=str(ungated)), DATASET)
 
 
+def test_held_out_images_that_a_stage_before_has_trained_on_are_told(tmp_path, caplog):
+    def stage(before, holdout):
+        changed = config(init_from=str(before), gate="skip")
+        changed.data.holdout_fraction = holdout
+        caplog.clear()
+        record = origin.look(changed, DATASET)
+        told = any("some of the held-out images have been trained on" in line for line in caplog.messages)
+        return record["holdout_fraction"], told
+
+    first = workdir(tmp_path / "A")  # full.py holds out 0.01
+    assert stage(first, 0.01) == (0.01, False) and stage(first, 0.005) == (0.005, False)
+    assert stage(first, 0.1) == (0.01, True)
+    second = workdir(tmp_path / "B", origin_record={"holdout_fraction": 0.0})  # its own stage before held out none
+    assert stage(second, 0.01) == (0.0, True)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

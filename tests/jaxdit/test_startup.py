@@ -4,7 +4,7 @@ from tiny_run import tiny
 from jaxdit import data, model, startup, trained
 
 
-def screen(tmp_path, resolution="64", memory=24 * 10**9, origin=None, buckets=None, **changes):
+def screen(tmp_path, resolution="64", memory=24 * 10**9, origin=None, buckets=None, room=10**12, **changes):
     """(lines, warnings) of a tiny run on a small data set of that name."""
     root = tmp_path / resolution
     if not root.exists():
@@ -13,7 +13,7 @@ def screen(tmp_path, resolution="64", memory=24 * 10**9, origin=None, buckets=No
     dataset = data.Dataset(root, holdout_fraction=config.data.holdout_fraction, text_lengths=config.data.text_lengths)
     settings = trained.model_settings(config.model, dataset.info["widths"])
     shapes = model.abstract(settings)[1]
-    arguments = (config, dataset, settings, shapes, origin or {}, memory)
+    arguments = (config, dataset, settings, shapes, origin or {}, memory, room)
     return startup.describe(*arguments), startup.warnings(*arguments)
 
 
@@ -60,6 +60,16 @@ def test_what_does_not_fit_is_said_before_it_fails(tmp_path):
     assert "GB are needed and the device has 0.0 GB" in warning and "jaxdit.plan" in warning
     (line,) = [line for line in lines if line.startswith("Memory")]
     assert "by estimate" in line and "parameters" in line and "activations" in line
+
+
+def test_the_disk_of_the_whole_run_is_told_and_missed_before_it_is_full(tmp_path):
+    lines, warnings = screen(tmp_path, **{"train.total_steps": 450_000, "checkpoint.every": 5_000})
+    size = 40_562 * 4 * (4 * 3 + 10 + 9)  # two states and one in writing, the newest ten averages and one in 50,000
+    assert not warnings and any(f"{size / 1e9:,.1f} GB of checkpoints" in line for line in lines)
+    long = {"train.total_steps": 450_000, "checkpoint.every": 5_000}
+    assert not screen(tmp_path, room=size, **long)[1]
+    (warning,) = screen(tmp_path, room=size - 1, **long)[1]
+    assert "make room" in warning and "checkpoint.every" in warning
 
 
 def test_the_time_that_is_left_and_its_energy_are_told_once_they_are_measured(tmp_path):

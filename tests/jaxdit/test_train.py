@@ -20,7 +20,7 @@ from tiny_run import ROOT, WIDTHS, assert_same, command, curve, run, tiny, weigh
 
 from configs import full, nano, quickstart
 from encode.records import InputError, only_one
-from jaxdit import checkpoint, data, metrics, model, optim, train, trained, update
+from jaxdit import checkpoint, data, metrics, model, optim, teller, train, trained, update
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,14 @@ def test_a_finished_run_started_again_does_nothing(path, undisturbed):
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
 
+def test_fewer_steps_than_are_done_are_refused_and_change_nothing(path, undisturbed):
+    before = {name: (undisturbed / name).read_bytes() for name in ("config.json", "metrics.jsonl")}
+    with pytest.raises(InputError, match=r"train\.total_steps=12: .* has done 20 steps already"):
+        train.train(tiny(path, **{"train.total_steps": 12, "optim.warmup_steps": 1}), undisturbed)
+    assert before == {name: (undisturbed / name).read_bytes() for name in before}
+    assert not (undisturbed / "config_history.jsonl").exists()
+
+
 def test_loss_falls_and_every_step_is_logged_once(undisturbed):
     rows = metrics.read(undisturbed)
     assert [row["step"] for row in rows] == list(range(1, 21))
@@ -115,7 +123,7 @@ def test_loss_falls_and_every_step_is_logged_once(undisturbed):
 
 
 def test_a_slow_run_speaks_between_its_logged_steps(path, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(train, "SAY_EVERY", 0.0)
+    monkeypatch.setattr(teller, "SAY_EVERY", 0.0)
     with caplog.at_level("INFO"):
         train.train(tiny(path, **{"train.log_every": 10}), tmp_path / "run")
     assert sum(line.startswith("step ") for line in caplog.messages) == 20
@@ -217,7 +225,7 @@ def test_grown_data_is_taken_only_when_asked_and_keeps_the_statistics_of_the_sta
     shutil.rmtree(root)
     make_data.dataset(root, {"64x64": 9, "48x80": 4}, shard=2, seed=3)
     with pytest.raises(InputError, match="another data set: latent_mean"):
-        train.train(tiny(root, **{"data.accept_growth": True}), workdir)
+        train.train(tiny(root, **{"data.accept_growth": True, "train.total_steps": 28}), workdir)
 
 
 def test_normalisation_of_a_run_on_grown_data_is_that_of_the_start(tmp_path):
@@ -348,7 +356,7 @@ def test_a_run_of_poison_stops_and_names_the_last_good_checkpoint(tmp_path):
     dataset["latent_std"] = [0.0] * 16  # every normalised latent is infinite
     (tmp_path / "64" / "dataset.json").write_text(json.dumps(dataset))
     assert written
-    with pytest.raises(train.TrainingStopped, match=r"10 updates in a row up to step 1\d .*none in"):
+    with pytest.raises(teller.TrainingStopped, match=r"10 updates in a row up to step 1\d .*none in"):
         train.train(tiny(tmp_path / "64", **{"train.total_steps": 40, "checkpoint.every": 1000}), tmp_path / "run")
     assert metrics.read(tmp_path / "run")[-1]["loss"] is None
 
@@ -418,6 +426,7 @@ def test_a_save_that_fails_is_told_and_the_run_goes_on_with_the_next(path, undis
             time.sleep(2)  # until the background has met the limit
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", limited)
+    monkeypatch.setattr(train, "TRY_AGAIN", 0.0)
     assert train.train(tiny(path), tmp_path / "run") == "done"
     told = [line for line in caplog.messages if "could not be saved" in line]
     assert len(told) == 1 and "The last complete one is none" in told[0] and "goes on and tries again" in told[0]
@@ -432,8 +441,9 @@ def test_a_full_disk_is_seen_before_anything_is_written(path, tmp_path, monkeypa
         return usage(folder)._replace(free=1000) if full else usage(folder)
 
     monkeypatch.setattr(shutil, "disk_usage", reported)
+    monkeypatch.setattr(train, "TRY_AGAIN", 0.0)
     monkeypatch.setattr(train.health, "judge", _after(train.health.judge, 5, lambda: full.append(True)))
-    with pytest.raises(checkpoint.SaveFailed, match=r"it takes 0\.\d\d GB, the disk has 0\.00 GB free"):
+    with pytest.raises(checkpoint.SaveFailed, match=r"it takes 0\.\d MB, the disk has 0\.0 MB free"):
         train.train(tiny(path), tmp_path / "run")
     assert sum("goes on and tries again" in line for line in caplog.messages) == 2  # the third ends the run
     assert not any((tmp_path / "run" / "checkpoints").iterdir())
@@ -509,7 +519,7 @@ def test_memory_is_flat_over_three_epochs_of_twelve_buckets(tmp_path, monkeypatc
     judge = train.health.judge
 
     def watched(rows, **options):
-        if rows[-1]["step"] % (images // 4) == 0:
+        if rows and rows[-1]["step"] % (images // 4) == 0:
             gc.collect()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             seen.append((pages * os.sysconf("SC_PAGE_SIZE"), len(jax.live_arrays())))
@@ -529,6 +539,7 @@ def test_memory_is_flat_over_three_epochs_of_twelve_buckets(tmp_path, monkeypatc
     [
         ({"model.heads": 0}, "model.heads=0 must be above 0"),
         ({"train.batch_size": 0}, "train.batch_size=0 must be above 0"),
+        ({"optim.warmup_steps": -1}, "optim.warmup_steps=-1 must not be below 0"),
         ({"health.window": 2}, "health.window=2"),
         ({"train.eval_budget": 512.0}, "train.eval_budget=512.0 is a share of the time"),
         ({"train.init_weights": "best"}, "train.init_weights=best: choose ema or raw"),
