@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 SIDE, MARGIN, LINE, LINES = 256, 8, 15, 3  # pixels; lines of words
+NARROWEST = 200  # pixels of words
 LARGEST_CELL = 512
 PAPER, INK = (250, 250, 248), (30, 30, 30)
 
@@ -27,15 +28,17 @@ def contact_sheet(pictures: Sequence[np.ndarray], words: Sequence[str]) -> Image
       words: under each, cut to three lines.
     """
     columns = math.ceil(math.sqrt(len(pictures)))
-    wide, high = SIDE + MARGIN, SIDE + MARGIN + LINES * LINE + 4
+    side, above = (max(picture.shape[axis] for picture in pictures) for axis in (1, 0))
+    side = max(side, NARROWEST)
+    wide, high = side + MARGIN, above + MARGIN + LINES * LINE + 4
     page = Image.new("RGB", (columns * wide + MARGIN, math.ceil(len(pictures) / columns) * high + MARGIN), PAPER)
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
     for place, (picture, text) in enumerate(zip(pictures, words)):
         left, top = MARGIN + place % columns * wide, MARGIN + place // columns * high
-        height, width = picture.shape[:2]
-        page.paste(Image.fromarray(picture), (left + (SIDE - width) // 2, top + SIDE - height))
-        for number, line in enumerate(_lines(text, font, SIDE)):
-            pen.text((left, top + SIDE + 3 + number * LINE), line, INK, font)
+        height = picture.shape[0]
+        page.paste(Image.fromarray(picture), (left, top + above - height))
+        for number, line in enumerate(_lines(text, font, side)):
+            pen.text((left, top + above + 3 + number * LINE), line, INK, font)
     return page
 
 

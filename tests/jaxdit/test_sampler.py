@@ -65,6 +65,14 @@ def test_halving_the_steps_cuts_the_error_by_the_order(solver, order, shift):
     assert (error(80) / error(160) > 2.9) == (order == 2) and error(80) / error(160) > 1.6
 
 
+def test_adams_is_exact_for_a_velocity_linear_in_time_whatever_the_grid():
+    times = sampler.time_grid(6, 5.0)
+    found = draw(lambda x, t, *_: jnp.broadcast_to(t[:, None, None, None], x.shape), np.zeros((1, 1, 1, 1), np.float32), {},
+                 steps=6, shift=5.0, solver="adams")  # fmt: skip
+    first = times[0] * (times[1] - times[0])  # Euler's, as there is nothing before it
+    np.testing.assert_allclose(found[0, 0, 0, 0], first - times[1] ** 2 / 2, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler", 6), ("heun", 11), ("adams", 6)])
 def test_a_solver_makes_the_evaluations_it_says_and_never_one_at_the_end(solver, evaluations):
     table = sampler.solver_table(solver, sampler.time_grid(6, 3.0))
