@@ -4,8 +4,7 @@
 
 The exact path is Heun's of 128 steps; the error is the root mean square of the latents' difference, in deviations of the
 data, for captions with another image's vector. DPM-Solver++(2M) (Lu et al. 2022, in the form for straight paths) is the one
-that is not in jaxdit.sampler: Adams' second-order formula is nearer from twelve evaluations on,
-or within a tenth. Writes
+that is not in jaxdit.sampler: Adams' second-order formula is nearer from twelve evaluations on, or within a tenth. Writes
 bench/results/solvers-DEVICE.json.
 """
 
