@@ -62,6 +62,8 @@ class Checkpoints:
         with self._telling_failures():
             self._landing = step
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self.failures:  # on a full disk, the half that was written is what this save needs
+                self._sweep()
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state, ema)))
             free = shutil.disk_usage(self.folder).free
             if free < needed:
@@ -106,7 +108,6 @@ class Checkpoints:
             message = f"{self.folder}: a checkpoint could not be saved ({_first_line(error)}). {self._last_good()}"
             with contextlib.suppress(Exception):
                 self._writer.close()
-            self._sweep()  # on a full disk, the half that was written is what the next save needs
             self._writer = _writer()
             if self.failures >= FAILURES:
                 raise SaveFailed(message) from error
