@@ -342,7 +342,7 @@ def read_index(root: Path, bucket: str, shard: int) -> np.ndarray:
     path = index_path(root, bucket, shard)
     try:
         rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # NumPy parses the header as Python: a flipped bit there can raise anything
         raise DatasetError(f"{path}: the index cannot be read ({error}); run encode.main again to mend it.") from error
     if rows.dtype != INDEX_DTYPE:
         raise DatasetError(f"{path}: columns {rows.dtype.names} found, {INDEX_DTYPE.names} expected; encode again.")

@@ -134,6 +134,9 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
     budget, stop, saved_at = Budget(config.train.eval_budget), StopOnSignal(), time.monotonic()
     micro_batches = config.train.batch_size // config.train.micro_batch
     compiled: set[Any] = set()
+    # A stop that met an evaluation dropped it: it is made up for after the next step.
+    owed = bool(step and config.train.eval_every and step % config.train.eval_every == 0)
+    owed = owed and not (log.last and log.last["step"] == step and "eval_seconds" in log.last)
     pending, position = None, batches.get_state()
 
     def save():
@@ -189,7 +192,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
                 pending = {"step": step, **row}
 
                 last = step == config.train.total_steps
-                judged = config.train.eval_every and (step % config.train.eval_every == 0 or last)
+                judged = owed or (config.train.eval_every and (step % config.train.eval_every == 0 or last))
                 if judged and budget.allows("evaluation", last):
                     began = time.monotonic()
                     found = heldout.evaluate(
@@ -204,8 +207,9 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
                     )
                     seconds = budget.spent("evaluation", time.monotonic() - began)
                     clock.skip(seconds)
-                    if found:
+                    if found is not None:
                         pending |= found | {"eval_seconds": seconds}
+                        owed = False
                 due, since = step % config.checkpoint.every == 0 or last, time.monotonic() - saved_at
                 # A save that failed is tried again when there was time to make room.
                 wanted = since > TRY_AGAIN if saver.failures else due or since > 60 * config.checkpoint.minutes

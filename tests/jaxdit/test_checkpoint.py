@@ -95,9 +95,12 @@ def test_snapshots_outlive_the_resumable_steps(tmp_path):
     assert all(name.isdigit() for name in names)
 
 
-def test_a_save_that_fails_at_once_is_an_error(tmp_path):
+def test_a_save_that_fails_at_once_is_told_and_the_third_in_a_row_is_an_error(tmp_path, caplog):
     saver = checkpoint.Checkpoints(tmp_path, every=10, keep=2)
     (tmp_path / "checkpoints").write_text("in the way")
+    for _ in range(checkpoint.FAILURES - 1):
+        saver.save(10, *state_of(1.0), {})
+        assert "The last complete one is none" in caplog.messages[-1]
     with pytest.raises(checkpoint.SaveFailed, match="The last complete one is none"):
         saver.save(10, *state_of(1.0), {})
     saver.close()

@@ -84,6 +84,23 @@ def test_twenty_steps_and_twenty_more_are_forty(path, tmp_path, monkeypatch):
     assert ours == theirs and [row["step"] for row in ours] == list(range(1, 41))
 
 
+def test_an_evaluation_that_a_stop_met_is_made_up_for(path, tmp_path, monkeypatch):
+    options = {"data.holdout_fraction": 0.3, "train.eval_every": 4, "train.eval_images": 4}
+
+    def stop_at_three(self, values):
+        tell(self, values)
+        if values["step"] == 3:  # told when step 4 has been made: its evaluation is due and meets the stop
+            signal.raise_signal(signal.SIGTERM)
+
+    tell = train.Teller.tell
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Teller, "tell", stop_at_three)
+        assert train.train(tiny(path, **options), tmp_path / "run") == "stopped"
+    assert checkpoint.saved_steps(tmp_path / "run", "state") == [4]
+    assert train.train(tiny(path, **options), tmp_path / "run") == "done"
+    assert [row["step"] for row in metrics.read(tmp_path / "run") if "eval_seconds" in row] == [5, 8, 12, 16, 20]
+
+
 def test_sigterm_saves_and_the_rest_of_the_run_is_the_same(path, undisturbed, tmp_path):
     process = subprocess.Popen(
         command(path, tmp_path / "run", **{"checkpoint.every": 1000}), cwd=ROOT, stderr=subprocess.DEVNULL
