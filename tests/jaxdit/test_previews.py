@@ -115,7 +115,9 @@ def expected(dataset, graph, params, rows, config):
         text = captions[row["prompt"] + names[0]]["text"] if row["prompt"] else None
         vision = vectors[row["reference"]] if row["reference"] else None
         width, height = map(int, names[0].split("x"))
-        w_text, w_vision = drawing.guidance(config.sample.text_guidance, config.sample.vision_guidance, [text], [vision])
+        w_text, w_vision = drawing.guidance(
+            config.sample.text_guidance, config.sample.vision_guidance, [text], [vision]
+        )
         latent = trained.generate(
             run, trained.conditions_of([text], [vision], run), (height // 8, width // 8, 16), [k], seed=config.train.seed,
             steps=config.sample.steps, shift=config.sample.shift, text=w_text, vision=w_vision,
