@@ -31,6 +31,9 @@ def main(config: Any, dry_run: bool = False) -> int:
     asked = threading.Event()
     _stop_on_signal(asked)
     check(config)
+    from encode import source
+
+    source.must_exist(commandline.path_of(config.images))  # before processes are started in vain
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads and the decoders' do not mix
     from encode import estimate, pipeline  # PyTorch takes seconds to import: not before the call is known to be right
 

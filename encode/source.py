@@ -65,6 +65,15 @@ class Collection:
     others: Mapping[str, int] = field(default_factory=dict)
 
 
+def must_exist(images: str | Path) -> Path:
+    """The folder of photographs; InputError where it is none."""
+    images = Path(images)
+    if not images.is_dir():
+        what = "is no folder" if images.exists() else "the folder does not exist"
+        raise InputError(f"{images}: {what}; set config.images to the folder of your photographs.")
+    return images
+
+
 def walk(images: Path, out: Path | None = None) -> Collection:
     """Find every picture under a folder and its captions.
 
@@ -75,10 +84,7 @@ def walk(images: Path, out: Path | None = None) -> Collection:
     Raises:
       InputError: no such folder, an empty one, pictures without any caption, or nothing usable.
     """
-    images = Path(images)
-    if not images.is_dir():
-        what = "is no folder" if images.exists() else "the folder does not exist"
-        raise InputError(f"{images}: {what}; set config.images to the folder of your photographs.")
+    images = must_exist(images)
     found = look(images, Path(out) if out else None)
     rows = _metadata(found)
     items, used = [], set()

@@ -55,6 +55,7 @@ class Teller:
                 self.estimated = True
                 logging.info(startup.remaining(self.config, step, values["images_per_second"]))
         if voided_in_row >= VOIDED_LIMIT:
+            self.saver.wait()  # the save in hand may be the last good one
             saved = self.saver.steps()
             raise TrainingStopped(
                 f"{voided_in_row} updates in a row up to step {step} were not finite. The last good checkpoint is "
