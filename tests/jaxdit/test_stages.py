@@ -13,20 +13,6 @@ from encode.records import InputError
 from jaxdit import checkpoint, metrics, train
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "64"
-    make_data.dataset(root, {"64x64": 9, "48x80": 6})
-    return root
-
-
-@pytest.fixture(scope="module")
-def undisturbed(path, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert train.train(tiny(path), workdir) == "done"
-    return workdir
-
-
 @pytest.mark.parametrize("kind", ["ema", "raw"])
 def test_a_stage_starts_from_the_weights_of_the_one_before_and_from_nothing_else(
     undisturbed, tmp_path, monkeypatch, kind

@@ -23,20 +23,6 @@ from encode.records import InputError, only_one
 from jaxdit import checkpoint, data, metrics, model, optim, teller, train, trained, update
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "64"
-    make_data.dataset(root, {"64x64": 9, "48x80": 6})
-    return root
-
-
-@pytest.fixture(scope="module")
-def undisturbed(path, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert train.train(tiny(path), workdir) == "done"
-    return workdir
-
-
 def test_resume_is_bit_identical_after_sigkill_at_random_points(path, undisturbed, tmp_path):
     workdir, chance = tmp_path / "run", random.Random(time.time())
     for kill in range(int(os.environ.get("JAXDIT_KILLS", 3))):
