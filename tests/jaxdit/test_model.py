@@ -329,3 +329,23 @@ def test_a_token_that_makes_a_length_even_changes_nothing(n, m, masked):
 
     for ours, theirs in zip(results(True), results(False), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("leading", [(3,), (3, 5)])
+def test_the_product_and_its_gradients_are_those_of_a_plain_one(dtype, leading):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel, weights = (
+        jax.random.normal(key, shape, dtype) for key, shape in zip(keys, [(*leading, 4), (4, 6), (*leading, 6)])
+    )
+
+    def results(multiply):
+        back = jax.grad(lambda x, kernel: (multiply(x, kernel) * weights).sum().astype(jnp.float32), (0, 1))
+        return [multiply(x, kernel), *jax.jit(back)(x, kernel)]
+
+    for ours, theirs in zip(results(model.product), results(jnp.matmul), strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        ours, theirs = (np.asarray(value, np.float32) for value in (ours, theirs))
+        np.testing.assert_allclose(
+            ours, theirs, rtol=0, atol=(1e-6 if dtype == "float32" else 2e-2) * np.abs(theirs).max()
+        )
