@@ -122,8 +122,8 @@ def command_of(wish: Wish, workdir: Path, settings: Mapping[str, str]) -> str:
 
 
 def stem_of(wish: Wish) -> str:
-    """The beginning of the file's name: the prompt's first words, else the reference's name, and the seed."""
-    words = _slug(wish.prompt) or _slug(" ".join(Path(name).stem for name in wish.references))
+    """The beginning of the file's name: the prompt's first words, else the name of a reference or of init, and the seed."""
+    words = _slug(wish.prompt) or _slug(" ".join(Path(name).stem for name in wish.references or (wish.init,)))
     return f"{words or 'without-words'}-s{wish.seed}"
 
 

@@ -8,9 +8,12 @@ checkpoint or none. Old steps lose state and data first and keep their EMA, as a
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import re
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -190,6 +193,7 @@ class Checkpoints:
 
 
 def _writer() -> ocp.AsyncCheckpointer:
+    _leave_out_tracebacks()
     # Folders are made before save returns: a disk that refuses is then an error, not five minutes of waiting.
     options = ocp.AsyncOptions(create_directories_asynchronously=False)
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
@@ -197,6 +201,7 @@ def _writer() -> ocp.AsyncCheckpointer:
 
 def read_step(folder: Path, state: Any, ema: Any) -> tuple[Any, Any, dict[str, Any]]:
     """(state, ema, data) of one complete step's folder, as trees like those given; raises whatever the reading meets."""
+    _leave_out_tracebacks()
     restored = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(
         folder,
         args=ocp.args.Composite(
@@ -222,45 +227,73 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
     Args:
       workdir: a working folder.
       shapes: tree of shapes of the parameters.
-      step: which; None: the newest.
+      step: which; None: the newest that is complete and can be read, and newer ones are named in the log.
       raw: take the raw parameters instead of the EMA.
 
     Returns:
       (step, parameters).
 
     Raises:
-      InputError: no such step, or it belongs to another model.
+      InputError: no such step, it cannot be read, or it belongs to another model.
     """
-    item = "state" if raw else "ema"
-    steps = saved_steps(workdir, item)
+    _leave_out_tracebacks()
+    item, kind, other = ("state", "raw", "averaged") if raw else ("ema", "averaged", "raw")
+    folder, steps = Path(workdir).resolve() / "checkpoints", saved_steps(workdir, item)
     if not steps or (step is not None and step not in steps):
         others = saved_steps(workdir, "ema" if raw else "state")
         if others and (step is None or step in others):
-            kind = "raw" if raw else "averaged"
             raise InputError(
                 f"{workdir}/checkpoints/{others[-1] if step is None else step}: its {kind} weights (the folder {item}) are "
-                f"missing; steps that have them: {', '.join(map(str, steps)) or 'none'}."
+                f"missing; steps that have them: {_listed(steps)}; steps with {other} ones "
+                f"({'without --raw' if raw else '--raw'}): {_listed(others)}."
             )
         if not steps:
             raise InputError(f"{workdir}: no checkpoint has been saved yet; train first, with the same --workdir.")
-        raise InputError(f"{workdir}: step {step} wanted, found steps {', '.join(map(str, steps))}; name one of them.")
-    step = steps[-1] if step is None else step
-    folder = Path(workdir).resolve() / "checkpoints" / str(step) / item
+        raise InputError(f"{workdir}: step {step} wanted, found steps {_listed(steps)}; name one of them.")
+    if step is None and (newer := _incomplete(folder, after=steps[-1])):
+        logging.warning(
+            "%s: the %s weights of step %s are not complete (a save in hand, one that was cut off, or a part that was lost); "
+            "step %d is taken.", folder, kind, _listed(newer), steps[-1],
+        )  # fmt: skip
+    for wanted in [step] if step is not None else reversed(steps):
+        path = folder / str(wanted) / item
+        try:
+            return wanted, _weights(path, shapes, raw)
+        except InputError:
+            raise
+        except Exception as error:  # whatever the damage is, the person needs the folder's name
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise InputError(f"{path}: the device's memory does not hold these weights.") from error
+            if step is not None:
+                raise InputError(
+                    f"{path} cannot be read ({_first_line(error)}); name another step of {_listed(steps)}, or train on to "
+                    "save a new one."
+                ) from error
+            logging.warning("%s cannot be read (%s); trying the step before.", path, _first_line(error))
+    raise InputError(f"{folder}: none of the steps {_listed(steps)} can be read; restore the folder from a backup.")
+
+
+def _weights(folder: Path, shapes: Any, raw: bool) -> Any:
     target = {"params": shapes} if raw else shapes
     check_shapes(folder, target, whole=not raw)
-    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), target)
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-    try:
-        weights = reader.restore(
-            folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
-        )
-    except Exception as error:  # whatever the damage is, the person needs the folder's name
-        raise InputError(
-            f"{folder} cannot be read ({_first_line(error)}); name another step of {steps}, or train on to save a new one."
-        ) from error
-    return step, weights["params"] if raw else weights
+    weights = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
+        folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+    )
+    return weights["params"] if raw else weights
+
+
+def _incomplete(folder: Path, after: int) -> list[int]:
+    """Steps newer than `after` of which something lies in the folder, under their own name or that of a save in hand."""
+    numbers = {child.name.removesuffix(child.suffix if "orbax-checkpoint-tmp" in child.suffix else "")
+               for child in folder.iterdir()}  # fmt: skip
+    return sorted(int(number) for number in numbers if number.isdigit() and int(number) > after)
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
 
 
 def check_shapes(folder: Path, target: Any, *, whole: bool = True) -> None:
@@ -319,4 +352,23 @@ def _remove(folder: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    """Both ends of a long line: TensorStore names the array first, then what the disk said, then its own settings."""
+    line = re.sub(r" \[\w+(\[\d+\])?='.*", "", (str(error) or type(error).__name__).splitlines()[0])
+    return line if len(line) <= 200 else f"{line[:80]} ... {line[-115:]}"
+
+
+@functools.cache
+def _leave_out_tracebacks() -> None:
+    """What fails is told in a sentence by who asked for it, not by every thread that was at it.
+
+    Orbax closes its event loop at the first array that fails. TensorStore, which still has the others in hand, then prints
+    "Event loop is closed" for each of them, and Orbax's threads log their traceback, each its own.
+    """
+    told = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            told(unraisable)
+
+    sys.unraisablehook = hook
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))

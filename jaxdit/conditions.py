@@ -7,6 +7,7 @@ returns. What cannot be read is a problem of the wishes that want it, not of the
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -14,6 +15,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from jaxdit.wishes import Wish
 MAX_PIXELS = 500_000_000  # of a reference
 TEXTS = 32  # sentences in one go
 PRECOMPUTED = {"id": "precomputed"}  # vectors that were given: nobody knows of which encoder
+ROOM = 2 * 10**9  # bytes of the cache: a thousand of the longest sentences of T5-Large
+DAY = 86_400.0  # seconds after which a file that was never finished is nobody's
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,16 @@ class Given:
 class Cache:
     """Encoded arrays on disk, a file a content; one that cannot be read is made again, one that cannot be written is not.
 
+    Files appear whole and are removed whole, so that any number of processes may use one folder.
+
     Args:
       folder: made where it is missing; None keeps nothing.
+      room: bytes that it may take; beyond, what was not used for longest goes first.
     """
 
-    def __init__(self, folder: Path | None):
-        self.folder, self._silent = folder, folder is None
+    def __init__(self, folder: Path | None, room: int = ROOM):
+        self.folder, self.room, self._silent = folder, room, folder is None
+        self._taken: int | None = None  # bytes, as far as this process knows
 
     def key(self, *parts: Any) -> str:
         """The name of what is a function of `parts` (JSON-able)."""
@@ -58,9 +66,13 @@ class Cache:
     def get(self, key: str) -> dict[str, np.ndarray] | None:
         if self.folder is None:
             return None
+        path = self.folder / f"{key}.npz"
         try:
-            with np.load(self.folder / f"{key}.npz", allow_pickle=False) as stored:
-                return dict(stored)
+            with np.load(path, allow_pickle=False) as stored:
+                found = dict(stored)
+            with contextlib.suppress(OSError):  # of somebody else, or just removed: it is read all the same
+                os.utime(path)
+            return found
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             return None
 
@@ -68,10 +80,7 @@ class Cache:
         """Keep the arrays, and give them back."""
         if self.folder is not None:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
-                    np.savez(file, **arrays)
-                os.replace(file.name, self.folder / f"{key}.npz")
+                self._write(self.folder / f"{key}.npz", arrays)
             except OSError as error:
                 if not self._silent:
                     logging.warning(
@@ -79,6 +88,39 @@ class Cache:
                     )
                 self._silent = True
         return arrays
+
+    def _write(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
+            try:
+                np.savez(file, **arrays)
+                file.flush()
+                size = file.tell()
+                os.replace(file.name, path)
+            finally:
+                Path(file.name).unlink(missing_ok=True)
+        self._taken = self._taken + size if self._taken is not None else self._files()[0]
+        if self._taken > self.room:
+            self._make_room()
+
+    def _files(self) -> tuple[int, list[tuple[float, int, Path]]]:
+        """(bytes of all, [(last use, bytes, path)])."""
+        found = []
+        for path in [*self.folder.glob("*.npz"), *self.folder.glob("*.tmp")]:
+            with contextlib.suppress(OSError):  # another process was here first
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        return sum(size for _, size, _ in found), found
+
+    def _make_room(self) -> None:
+        """Remove what was not used for longest until a tenth of the room is free, so that this is seldom done."""
+        taken, files = self._files()
+        for used, size, path in sorted(files):
+            in_hand = path.suffix == ".tmp" and time.time() - used < DAY
+            if taken > 0.9 * self.room and not in_hand:
+                path.unlink(missing_ok=True)
+                taken -= size
+        self._taken = taken
 
 
 def cache_folder(asked: str | None) -> Path | None:
@@ -178,7 +220,8 @@ class _Work:
             if cut := str(stored[prompt]["cut"]):
                 limit = self.dataset["encoders"]["text"]["max_tokens"]
                 print(
-                    f"A prompt is longer than the {limit} tokens that the text encoder takes; this of it is cut: {cut!r}"
+                    f"A prompt is longer than the {limit} tokens that the text encoder takes; its last {len(cut):,} characters "
+                    f"are cut: {_ends(cut)!r}"
                 )
 
     def visions(self, references: Sequence[tuple[str, str]]) -> None:
@@ -267,7 +310,7 @@ class _Work:
                 pixels = images.resize(images.decode(commandline.path_of(name), MAX_PIXELS), *size)
                 return self.cache.put(key, init=vae.encode(pixels[None])[0])["init"]
 
-            self._try("init", place, where if where.startswith("--init") else f"{where}: init={name}", look)
+            self._try("init", place, f"--init={name}" if where == "--init" else f"{where}: init={name}", look)
 
     def _try(self, kind: str, name: str, where: str, look: Callable[[], np.ndarray]) -> None:
         from encode import images
@@ -286,7 +329,10 @@ class _Work:
         from encode import encoders
 
         load = {"text": encoders.load_text, "vision": encoders.load_vision}[kind]
-        encoder = load(self.dataset["encoders"][kind])
+        section = self.dataset["encoders"][kind]
+        if section["name"] != "demo":  # gigabytes from a disk
+            print(f"Loading the {kind} encoder from {section['path']} ...", flush=True)
+        encoder = load(section)
         _refuse_another(kind, encoder, self.dataset)
         return encoder
 
@@ -329,6 +375,10 @@ def _cut(prompt: str, encoder: Any) -> str:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if encoder.count_tokens(prompt[:middle]) <= encoder.max_tokens else (low, middle - 1)
     return prompt[low:].strip()
+
+
+def _ends(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:80]} ... {text[-35:]}"
 
 
 def _leave_memory() -> None:

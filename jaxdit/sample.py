@@ -12,9 +12,12 @@ import os
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's encoders need room on the same card
 
+import contextlib
 import math
+import signal
+import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +92,15 @@ def define_flags() -> None:
 def main() -> int:
     given = flags.FLAGS
     workdir, out = commandline.path_of(given.workdir), commandline.path_of(given.out)
+    try:
+        return _run(workdir, out)
+    except KeyboardInterrupt:
+        print("Stopped before the first picture; the same command draws them all.")
+        return 3
+
+
+def _run(workdir: Path, out: Path) -> int:
+    given = flags.FLAGS
     config, dataset = trained.describe(workdir)
     shapes = wishes.Shapes(8 * config["model"]["patch"], {k: v["count"] for k, v in dataset["buckets"].items()})
     options = _options(config["sample"])
@@ -102,7 +114,11 @@ def main() -> int:
         "weights": "raw" if given.raw else "averaged",
         "config": album.config_hash(workdir),
     }
-    with only_one(out):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(only_one(out))
+        except OSError as error:
+            raise InputError(f"--out={out}: this folder cannot be made or written to ({error.strerror}).") from error
         return _Session(run, workdir, out, options, common).make(asked, grids, known, problems)
 
 
@@ -116,61 +132,80 @@ class _Session:
         self.album = album.Album(out)
 
     def make(self, asked, grids, known, problems) -> int:
-        from encode import encoders
-
         hashes = conditions.identify(asked)
         settings = [album.settings_of(wish, hashes, self.common) for wish in asked]
         in_grid = {place for lines in grids for line in lines for place in line}
         names, todo = [], []
         for place, (wish, words) in enumerate(zip(asked, settings)):
             weights = f"-text{words['guidance_text']}-vision{words['guidance_vision']}" if place in in_grid else ""
-            name, there = self.album.place(album.stem_of(wish) + weights, words)
-            todo += [] if there else [place]
+            name, planned = self.album.place(album.stem_of(wish) + weights, words)
+            todo += [] if planned else [place]
             names.append(name)
-        if there := len(asked) - len(todo):
-            print(f"{there} of {len(asked)} pictures are there already with the same settings; they stay as they are.")
-        cache = conditions.Cache(conditions.cache_folder(flags.FLAGS.cache))
+        if there := self._there(names):
+            print(
+                f"{len(there)} of {len(asked)} pictures are there already with the same settings; they stay as they are."
+            )
+        problems, stopped = list(problems), False
+        try:
+            for problem in self._draw(todo, asked, names, settings, hashes, known):
+                problems.append(problem)
+        except KeyboardInterrupt:
+            stopped = True
+        made = self._there(names)
+        try:
+            self._list(made, names, settings)
+            self._sheet([place for place in made if place not in in_grid], names, asked)
+            for lines in grids:
+                self._grid(lines, made, names, asked, settings)
+        except OSError as error:
+            problems.append(f"{self.out}: {error.strerror or error}")
+        code = commandline.fail("; ".join(dict.fromkeys(problems)) + ".") if problems else 0
+        if stopped:
+            print(f"Stopped: {len(made)} of {len(asked)} pictures are in {self.out}; the same command draws the rest.")
+            return 3
+        return code
+
+    def _draw(self, todo, asked, names, settings, hashes, known) -> Iterator[str]:
+        """Draw and save; what went wrong, as it is met."""
+        from encode import encoders
+
         vae = encoders.load_vae(self.run.dataset["encoders"]["vae"])
-        given, more = conditions.encode(
+        given, problems = conditions.encode(
             [asked[k] for k in todo],
             self.run.config,
             self.run.dataset,
             hashes=hashes,
-            cache=cache,
+            cache=conditions.Cache(conditions.cache_folder(flags.FLAGS.cache)),
             vae=vae,
             known=known,
         )
-        problems = [*problems, *more]
+        yield from problems
         work = [(place, found) for place, found in zip(todo, given) if found is not None]
-        stopped, made = False, set(range(len(asked))) - set(todo)
         progress = _Progress(len(work))
+        batches = drawing.draw(
+            self.run, [asked[k] for k, _ in work], [found for _, found in work], self.options, flags.FLAGS.batch
+        )
         try:
-            for batch in drawing.draw(
-                self.run, [asked[k] for k, _ in work], [g for _, g in work], self.options, flags.FLAGS.batch
-            ):
+            for batch in batches:
                 for number, latent in batch:
                     place = work[number][0]
                     if not np.isfinite(latent).all():
-                        problems.append(f"{names[place]}: what was drawn is not finite; try another step or weight")
+                        yield f"{names[place]}: what was drawn is not finite; try another step or weight"
                         continue
                     words = settings[place] | {"command": album.command_of(asked[place], self.workdir, settings[place])}
                     self.album.save(names[place], vae.decode(latent[None])[0], words)
-                    made.add(place)
                     progress.picture(self.out / names[place], asked[place])
-                self._list(sorted(made), names, settings)
+                self._list(self._there(names), names, settings)
                 progress.batch(len(batch))
-        except KeyboardInterrupt:
-            stopped = True
         except MemoryError as error:
-            problems.append(str(error))
-        self._list(sorted(made), names, settings)
-        self._sheet(sorted(made - in_grid), names, asked)
-        for lines in grids:
-            self._grid(lines, made, names, asked, settings)
-        if stopped:
-            print(f"Stopped: {len(made)} of {len(asked)} pictures are in {self.out}; the same command draws the rest.")
-            return 3
-        return commandline.fail("; ".join(problems) + ".") if problems else 0
+            yield str(error)
+        except OSError as error:  # a disk that is full or gone
+            yield f"{self.out}: {error.strerror or error}"
+            yield f"{len(self._there(names))} of {len(names)} pictures are there, and the same command draws the rest"
+
+    def _there(self, names: Sequence[str]) -> list[int]:
+        """Places of the pictures that are in the folder: under the name that is theirs, nothing else can be."""
+        return [place for place, name in enumerate(names) if (self.out / name).exists()]
 
     def _list(self, made: Sequence[int], names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> None:
         """samples.json: the pictures of this call."""
@@ -189,7 +224,7 @@ class _Session:
     def _grid(self, places, made, names, asked, settings) -> None:
         """The table of one prompt, where all of its cells are there."""
         cells = [place for line in places for place in line]
-        if not made.issuperset(cells):
+        if not set(cells).issubset(made):
             return
         first = asked[cells[0]]
         texts, visions = ([getattr(asked[k], name) for k in line] for name, line in (
@@ -216,7 +251,7 @@ class _Progress:
 
     def picture(self, path: Path, wish: Wish) -> None:
         if self.total <= FEW:
-            print(f"{path}: {_words(wish)}")
+            print(f"{path}: {textwrap.shorten(_words(wish), 100, placeholder=' ...')}")
 
     def batch(self, count: int) -> None:
         self.done += count
@@ -324,9 +359,10 @@ def _floats(name: str) -> list[float] | None:
 
 
 def _words(wish: Wish) -> str:
-    return wish.prompt or album.plain(" + ".join(wish.references)) or "neither sentence nor reference"
+    return wish.prompt or album.plain(" + ".join(wish.references) or wish.init) or "neither sentence nor reference"
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is made stays
     define_flags()
     commandline.run(main)

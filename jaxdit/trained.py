@@ -17,7 +17,11 @@ from flax import nnx
 from encode.records import InputError
 from jaxdit import checkpoint, data, flow, mesh, model, sampler
 
-DESCRIPTIONS = ("config.json", "dataset.json")
+# What a working folder says of its model, and the parts of it that sampling reads.
+DESCRIPTIONS = {
+    "config.json": ("data", "model", "sample"),
+    "dataset.json": ("buckets", "encoders", "fingerprint", "latent_mean", "latent_std", "text_longest", "widths"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def describe(workdir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(config, dataset): the two JSON files of a working folder.
 
     Raises:
-      InputError: not a working folder.
+      InputError: not a working folder, or a file of it is damaged.
     """
     workdir = Path(workdir)
     for name in DESCRIPTIONS:
@@ -51,6 +55,9 @@ def describe(workdir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         config, dataset = (json.loads((workdir / name).read_text(encoding="utf-8")) for name in DESCRIPTIONS)
     except ValueError as error:
         raise InputError(f"{workdir}: config.json or dataset.json cannot be read as JSON ({error}).") from error
+    for found, (name, parts) in zip((config, dataset), DESCRIPTIONS.items()):
+        if missing := [part for part in parts if part not in found]:
+            raise InputError(f"{workdir / name}: {missing[0]!r} is missing, so no training run wrote it like this.")
     return config, dataset
 
 

@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,8 @@ class Shapes:
         near = tuple(max(self.unit, round(side / self.unit) * self.unit) for side in size)
         if near != size:
             raise InputError(
-                f"{where}: size={words}: sides must be multiples of {self.unit}; the nearest size is {near[0]}x{near[1]}."
+                f"{where}: size={words}: sides must be multiples of {self.unit}; the nearest size is {near[0]}x{near[1]}, the "
+                f"nearest shape that the model has seen {self._nearest_seen(size)}."
             )
         return size
 
@@ -106,6 +108,9 @@ class Shapes:
             ((w, h) for w in near[0] for h in near[1]), key=lambda size: _apart(aspect, size[0] / size[1])
         )
         return width * self.unit, height * self.unit
+
+    def _nearest_seen(self, size: tuple[int, int]) -> str:
+        return "{}x{}".format(*self.nearest(max(size[0], 1) / max(size[1], 1)))
 
     def _example(self) -> str:
         width, height = self.usual()
@@ -215,8 +220,9 @@ def wish(fields: Mapping[str, Any], defaults: Mapping[str, Any], shapes: Shapes,
 def _object(line: str, where: str, folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        words = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise InputError(f"{where}: not JSON ({words}).") from error
     if not isinstance(found, dict):
         raise InputError(f'{where}: an object is wanted, as in {{"prompt": "a red kite", "seed": 3}}.')
     for name in found:
@@ -254,6 +260,10 @@ def _references(value: Any, mix: Any, where: str) -> tuple[tuple[str, ...], tupl
 def _words(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{where}: {name}={value!r} is not a string.")
+    try:  # a file's name may be any bytes, which Python keeps as surrogates; a sentence may not
+        value.encode(errors="strict" if name == "prompt" else "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: {name}={value!a} is not Unicode.") from error
     return value
 
 
@@ -264,8 +274,8 @@ def _whole(value: Any, name: str, where: str) -> int:
 
 
 def _number(value: Any, name: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{where}: {name}={value!r} is not a number.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise InputError(f"{where}: {name}={str(value)[:20]} is not a number.")
     return float(value)
 
 
