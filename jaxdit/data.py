@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import resource
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,9 +33,20 @@ def generator(*parts: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
-def is_held_out(pixel_hash: bytes, fraction: float) -> bool:
-    """Whether an image belongs to the held-out part: by its pixels alone, so exact copies never stand on both sides."""
-    return int(hashlib.sha256(pixel_hash).hexdigest()[:13], 16) / 16**13 < fraction
+def held_out(pixel_hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """Which images belong to the held-out part: by their pixels alone, so exact copies never stand on both sides.
+
+    Args:
+      pixel_hashes: [images] bytes.
+      fraction: in [0, 1].
+
+    Returns:
+      [images] bool: the first 52 bits of the hash's SHA-256, as a number in [0, 1), are below the fraction.
+    """
+    if not fraction:
+        return np.zeros(len(pixel_hashes), bool)
+    heads = b"".join([hashlib.sha256(one).digest()[:8] for one in pixel_hashes.tolist()])
+    return (np.frombuffer(heads, ">u8") >> np.uint64(12)) / 2.0**52 < fraction
 
 
 def scale_vision(vision: np.ndarray, normalize: bool) -> np.ndarray:
@@ -99,9 +111,10 @@ class Dataset:
         self.index = {name: records.read_bucket_index(self.path, self.info, name) for name in self.buckets}
         self.train, self.held_out = {}, {}
         for name, rows in self.index.items():
-            held = np.array([is_held_out(row, holdout_fraction) for row in rows["pixel_hash"]], bool)
+            held = held_out(rows["pixel_hash"], holdout_fraction)
             self.train[name], self.held_out[name] = np.flatnonzero(~held), np.flatnonzero(held)
         self.text_lengths = self._text_lengths(text_lengths)
+        _allow_open_files(sum(info["shards"] for info in self.info["buckets"].values()))
         self._sources = {name: records.open_bucket(self.path, name) for name in self.buckets}
         self._readers = ThreadPoolExecutor(READERS, "jaxdit-read")
         if not sum(map(len, self.train.values())):
@@ -219,17 +232,27 @@ class Dataset:
           a short batch is filled up with copies, so that each bucket has one shape.
         """
         chosen = self.train if split == "training" else self.held_out
-        places = [(name, row) for name in self.buckets for row in chosen[name]]
-        count = min(count, len(places))
-        places = [places[k * len(places) // count] for k in range(count)]
+        total = sum(map(len, chosen.values()))
+        count, end = min(count, total), 0
+        places = np.array([k * total // count for k in range(count)], np.int64)  # in the row of all buckets
         for name in self.buckets:
-            rows = [row for bucket, row in places if bucket == name]
+            begin, end = end, end + len(chosen[name])
+            rows = chosen[name][places[(begin <= places) & (places < end)] - begin].tolist()
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 filled = np.array(part + part[:1] * (batch_size - len(part)))
                 digests = [hashlib.sha256(sample["id"]).digest()[:8] for sample in self.records(name, filled)]
                 numbers = np.stack([np.frombuffer(digest, "<u4") for digest in digests])
                 yield self.read(name, filled, np.zeros(batch_size, bool)), numbers, len(part)
+
+
+def _allow_open_files(shards: int) -> None:
+    """Each shard stays open once it was read, and by default a process may open 1,024 files: not enough for a million records."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = shards + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 class Plan(grain.IterDataset):

@@ -1,6 +1,9 @@
+import hashlib
 import json
+import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import make_data
 import numpy as np
@@ -10,6 +13,7 @@ from PIL import Image
 from encode import records
 from jaxdit import data
 
+ROOT = Path(__file__).parents[2]
 COUNTS = {"64x64": 11, "48x80": 7, "80x48": 2}
 
 
@@ -104,6 +108,61 @@ def test_latents_are_normalised_once(written):
     np.testing.assert_allclose(flat.std(0), 1, atol=0.02)
     raw = data.denormalize(both[0], dataset.info)
     assert abs(raw.mean() - 3) < 0.2 and abs(raw.std() - 2) < 0.2  # what make_data wrote
+
+
+def test_latents_are_normalised_by_one_division_each(written):
+    root, wanted = written
+    dataset = data.Dataset(root)
+    rows, flips = np.array([6, 0, 3]), np.array([True, False, False])
+    found = dataset.read("48x80", rows, flips)["latent"]
+    raw = [wanted["48x80"][row]["latent_flip" if flip else "latent"] for row, flip in zip(rows, flips)]
+    mean, std = (np.array(dataset.info[name], np.float32) for name in ("latent_mean", "latent_std"))
+    np.testing.assert_array_equal(found, (np.stack(raw).astype(np.float32) - mean) / std)  # to the bit
+    assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.3, 1.0])
+def test_an_image_is_held_out_by_the_hash_of_its_pixels(fraction):
+    hashes = np.array([f"{number:032x}".encode() for number in range(3_000)], "S32")
+    found = data.held_out(hashes, fraction)
+    want = [int(hashlib.sha256(one).hexdigest()[:13], 16) / 16**13 < fraction for one in hashes.tolist()]
+    np.testing.assert_array_equal(found, want)
+    assert abs(found.mean() - fraction) < 0.03
+
+
+@pytest.mark.parametrize("split", ["training", "held_out"])
+def test_images_to_measure_on_are_spread_evenly_over_all_buckets(written, split):
+    root, wanted = written
+    dataset = data.Dataset(root, holdout_fraction=0.4)
+    chosen = dataset.train if split == "training" else dataset.held_out
+    places = [(name, row) for name in dataset.buckets for row in chosen[name]]
+    for count in (1, 5, len(places), 100):
+        number = min(count, len(places))
+        want = [places[k * len(places) // number] for k in range(number)]
+        got = []
+        for batch, _, real in dataset.fixed_batches(split, 3, count):
+            assert len(batch["latent"]) == 3
+            got += list(batch["vision"][:real])
+        np.testing.assert_array_equal(got, [wanted[name][row]["vision"] for name, row in want])
+
+
+def test_a_data_set_of_more_shards_than_a_process_may_open_is_read(tmp_path):
+    make_data.dataset(tmp_path / "64", {"64x64": 80}, shard=1)
+    script = (
+        "import resource; from jaxdit import data\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (60, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        f"dataset = data.Dataset({str(tmp_path / '64')!r})\n"
+        "print(len({record['id'] for row in range(80) for record in dataset.records('64x64', [row])}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["80"], done.stderr
+
+
+def test_records_come_in_the_order_asked_for_whichever_thread_is_first(written):
+    root, wanted = written
+    rows = [10, 0, 3, 3, 9, 1]
+    found = data.Dataset(root).records("64x64", rows)
+    assert [record["id"].decode() for record in found] == [wanted["64x64"][row]["id"] for row in rows]
 
 
 def test_held_out_images_never_train_and_do_not_depend_on_the_seed(written):
