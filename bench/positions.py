@@ -37,7 +37,9 @@ def run(folder: Path) -> dict:
     rows = metrics.read(folder)
     late = [row["loss"] for row in rows[-4:]]
     return (
-        {"seconds": round(seconds, 1), "loss": sum(late) / len(late)} | gate["averaged"] | {"verdict": gate["verdict"]}
+        {"seconds": round(seconds, 1), "loss": sum(late) / len(late)}
+        | gate["averaged"]
+        | {"verdict": gate["verdict"], "failed": gate["failed"]}
     )
 
 

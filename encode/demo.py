@@ -105,6 +105,13 @@ def scenes(count: int, seed: int) -> list[Scene]:
     return found
 
 
+def captions() -> set[str]:
+    """All captions that the generated pictures can have: who has only these needs no other proof of being generated."""
+    return {
+        Scene(side, pose, thing, 0, 1.0, SIZES[0]).caption for side in SIDES for pose in POSES for thing in OBJECTS
+    }  # fmt: skip
+
+
 def dependence(drawn: Sequence[Scene]) -> float:
     """Largest correlation between a property of the light and one of the composition; 0 is independent."""
     angles = np.radians([scene.hue for scene in drawn])

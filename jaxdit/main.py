@@ -6,7 +6,6 @@ Trains in the working folder DIR, or goes on where it stopped. Any field of the 
 
 import logging
 import os
-from pathlib import Path
 
 # Read when JAX starts: XLA would take 75% of a card and waste 6 GB of 24.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
@@ -32,11 +31,9 @@ def main(config) -> int:
 
     # A night's log is read by the clock.
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%a %d %b %H:%M:%S"))
-    if not jax.config.jax_compilation_cache_dir:  # a run that goes on does not compile again
-        jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/jaxdit/compiled").expanduser()))
+    from jaxdit import checkpoint, mesh, teller, train
 
-    from jaxdit import checkpoint, teller, train
-
+    mesh.keep_programs()
     try:
         result = train.train(config, commandline.path_of(WORKDIR.value))
     except teller.TrainingStopped as error:

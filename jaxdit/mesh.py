@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def keep_programs() -> None:
+    """Keep compiled programs in ~/.cache/jaxdit/compiled, unless JAX was told where: the next call does not compile again."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/jaxdit/compiled").expanduser()))
 
 
 def make_mesh() -> jax.sharding.Mesh:

@@ -90,16 +90,14 @@ def small(pixels: Any, side: int) -> bytes:
 
 
 def picture(pixels: np.ndarray | bytes) -> str:
-    """A data URI of a [height, width, 3] uint8 picture, or of the bytes of a picture file; a large one is made smaller."""
+    """A data URI of a [height, width, 3] uint8 picture (a JPEG), or of the bytes of a PNG file; a large one is made smaller."""
     from PIL import Image
 
-    image = Image.open(io.BytesIO(pixels)) if isinstance(pixels, bytes) else Image.fromarray(pixels)
+    if not isinstance(pixels, bytes):
+        return jpeg(small(Image.fromarray(pixels), SIDE))
+    image = Image.open(io.BytesIO(pixels))
     if max(image.size) > SIDE:
         return jpeg(small(image, SIDE))
-    if not isinstance(pixels, bytes):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        pixels = buffer.getvalue()
     return "data:image/png;base64," + base64.b64encode(pixels).decode()
 
 

@@ -115,9 +115,9 @@ def apply_update(optimizer, schedule, maximum_decay, batch_size, state, total):
         "ema_distance": _distance(new["ema"], new["params"]),
     }
     for name, paths in CONDITIONING.items():
-        row[f"grad/{name}"] = optax.global_norm(_parts(gradients, paths))
-        size = jnp.maximum(optax.global_norm(_parts(state["params"], paths)), 1e-12)
-        row[f"move/{name}"] = jnp.where(finite, optax.global_norm(_parts(changes, paths)) / size, 0.0)
+        row[f"grad/{name}"] = norm_of(gradients, paths)
+        size = jnp.maximum(norm_of(state["params"], paths), 1e-12)
+        row[f"move/{name}"] = jnp.where(finite, norm_of(changes, paths) / size, 0.0)
     return new, row
 
 
@@ -126,12 +126,12 @@ def _distance(ema, params):
     return optax.global_norm(jax.tree.map(jnp.subtract, ema, params)) / optax.global_norm(params)
 
 
-def _parts(tree, paths):
-    """The sub-trees of a nested dict at the given paths."""
+def norm_of(tree, paths):
+    """The norm of the sub-trees of a nested dict at the given paths (of CONDITIONING)."""
     found = []
     for path in paths:
         part = tree
         for name in path:
             part = part[name]
         found.append(part)
-    return found
+    return optax.global_norm(found)

@@ -12,15 +12,21 @@ FLOORS = [
     {"main", "sample", "validate", "plan"},
     {"train"},
     {"previews", "measure"},
-    {"teller", "preview_set", "album", "conditions", "drawing"},
+    {"teller", "preview_set", "album", "conditions", "drawing", "gate_page"},
     {"trained", "update", "heldout", "origin", "startup"},
     {"model", "flow", "sampler", "optim", "data", "checkpoint", "mesh", "workdir", "report", "estimate"},
     {"standing"},
-    {"metrics", "health", "charts", "gallery"},
-    {"boards", "past", "page", "decode_previews", "wishes", "sheet"},
+    {"metrics", "health", "charts", "gallery", "judge"},
+    {"boards", "past", "page", "decode_previews", "wishes", "sheet", "likeness", "advice"},
 ]
 SHARED = {"encode.records", "encode.commandline"}  # what both halves import
-EDGE = {"sample", "conditions", "validate", "decode_previews"}  # what may import more of encode, inside a function
+EDGE = {
+    "sample",
+    "conditions",
+    "validate",
+    "likeness",
+    "decode_previews",
+}  # what may import more of encode, inside a function
 
 
 def imports(path):

@@ -7,178 +7,178 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench import gate_power
 from configs import quickstart
-from jaxdit import report, train, validate
+from encode import encoders
+from jaxdit import data, judge, model, report, train, trained, validate
 
 ROOT = Path(__file__).parents[2]
-COUNT = 24
+SMALL = {"layers": 3, "width": 96, "heads": 3}
 
 
-def encode(photographs, out):
-    command = [
-        sys.executable, "-m", "encode.main", "--config=configs/encode_demo.py", f"--config.images={photographs}",
-        f"--config.out={out}", "--config.resolutions=(64,)", "--config.max_buckets=1",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out / "64"
+def judged(path, workdir, fault="", steps=900):
+    return gate_power.judged(path, workdir, steps=steps, fault=fault, **SMALL)
 
 
-def trained_on(path, workdir, steps):
-    config = quickstart.get_config()
-    config.data.path = str(path)
-    config.model.update(layers=3, width=96, heads=3)
-    config.optim.warmup_steps = min(50, steps // 10)
-    config.train.update(total_steps=steps, log_every=100)
-    config.checkpoint.every = steps
-    assert train.train(config, workdir) == "done"
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The demo pictures encoded twice: as they are, and with the captions shuffled among them."""
-    root = tmp_path_factory.mktemp("gate")
-    subprocess.run(
-        [sys.executable, "-m", "encode.demo", f"--out={root / 'right'}", f"--count={COUNT}"], cwd=ROOT, check=True
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "jaxdit.validate", *arguments], cwd=ROOT, capture_output=True, text=True
     )
-    (root / "shuffled").mkdir()
-    order = np.random.default_rng(0).permutation(COUNT)
-    for number, other in enumerate(order):
-        name = f"figure-{number:04d}"
-        (root / "shuffled" / f"{name}.png").write_bytes((root / "right" / f"{name}.png").read_bytes())
-        caption = (root / "right" / f"figure-{other:04d}.txt").read_text()
-        (root / "shuffled" / f"{name}.txt").write_text(caption)
-    for kind in ("right", "shuffled"):
-        encode(root / kind, root / f"encoded-{kind}")
-    return root
 
 
 @pytest.fixture(scope="module")
-def passed(folder):
-    workdir = trained_on(folder / "encoded-right" / "64", folder / "run", 900)
-    return workdir, validate.gate(workdir, workdir / "gate")
+def photographs(tmp_path_factory):
+    """24 of the generated photographs, encoded at 64 x 64."""
+    return gate_power.photographs(tmp_path_factory.mktemp("gate"), count=24)
 
 
-def test_a_trained_model_passes(passed):
+@pytest.fixture(scope="module")
+def passed(photographs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("passed") / "run"
+    return workdir, judged(photographs, workdir)
+
+
+def test_a_trained_model_passes_and_the_record_holds_everything(passed, photographs):
     workdir, result = passed
-    assert result["verdict"] == "pass", result["averaged"]
+    assert result["verdict"] == "pass", (result["failed"], result["averaged"])
     assert result == json.loads((workdir / "gate" / "gate.json").read_text())
+    assert result["rule"] == judge.GENERATED and result["thresholds"] == judge.THRESHOLDS
+    assert set(result["checks"]) == {*judge.THRESHOLDS, "light_by_vector", "composition_by_caption", "conditioning"}
+    assert result["weights"]["averaged"] != result["weights"]["raw"]
+    assert len(result["examples"]) == 24
+    for place, example in enumerate(result["examples"]):
+        assert example["noise"] == place and example["vector_of"] != example["id"]
+        assert set(example["ratios"]) == set(judge.THRESHOLDS) - {"memory_margin"}
+    share = np.mean([example["ratios"]["text_only_ssim"] < 1 for example in result["examples"]])
+    assert share == pytest.approx(result["averaged"]["text_only_ssim"], abs=1e-3)
+
+
+def test_the_page_shows_what_decided_worst_first(passed):
+    workdir, result = passed
     page = (workdir / "gate" / "gate.html").read_text()
-    assert page.count("<img") == 7 * validate.SHOWN and "http" not in page.replace("http-equiv", "")
+    assert page.count("<img") == 4 * (4 * 3 + 4 * 4) and "http" not in page.replace("http-equiv", "")
+    ratios = sorted((e["ratios"]["vision_light"] for e in result["examples"]), reverse=True)
+    start = page.index(judge.WORDS["vision_light"].replace("'", "&#x27;"), page.index("of 24; the worst first"))
+    places = [page.index(f"(ratio {ratio:.2f})", start) for ratio in ratios[:4]]
+    assert places == sorted(places)
 
 
 def test_the_same_numbers_come_twice(passed):
     workdir, result = passed
     again = validate.gate(workdir, workdir / "again")
-    assert again["averaged"] == result["averaged"] and again["raw"] == result["raw"]
+    for name in ("checks", "raw_checks", "averaged", "raw", "examples", "weights", "data_fingerprint"):
+        assert again[name] == result[name], name
 
 
-def test_a_model_trained_with_shuffled_captions_fails(folder):
-    workdir = trained_on(folder / "encoded-shuffled" / "64", folder / "shuffled-run", 900)
-    result = validate.gate(workdir, workdir / "gate", folder / "encoded-right" / "64")
-    assert result["verdict"] == "fail"
-    assert {"memory_text_only", "vision_composition"} & set(result["failed"])
-    assert result["averaged"]["memory_text_only"] < 0.5
-
-
-def test_an_untrained_model_fails_and_the_command_says_so(folder):
-    workdir = trained_on(folder / "encoded-right" / "64", folder / "untrained", 10)
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxdit.validate", f"--workdir={workdir}"], cwd=ROOT, capture_output=True, text=True
-    )
+def test_an_untrained_model_fails_and_the_command_says_so(photographs, tmp_path):
+    result = judged(photographs, tmp_path / "run", "untrained")
+    assert result["verdict"] == "fail" and gate_power.FAULTS["untrained"][2] <= set(result["failed"])
+    done = run(f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 1, done.stderr
-    assert "The gate: fail" in done.stdout
-    assert json.loads((workdir / "gate" / "gate.json").read_text())["verdict"] == "fail"
+    assert "The gate: fail" in done.stdout and "memory_latent: 0." in done.stdout and "next to nothing" in done.stdout
+    assert json.loads((tmp_path / "run" / "gate" / "gate.json").read_text())["verdict"] == "fail"
+
+
+def test_a_model_trained_without_text_fails_where_text_is_asked_for(photographs, tmp_path):
+    result = judged(photographs, tmp_path / "run", "text always dropped", steps=150)
+    assert {"text_only_ssim", "text_composition"} <= set(result["failed"])
+    assert result["checks"]["conditioning"]["value"] == [
+        "null_vision has not moved"
+    ]  # never used: text was, as null text
+    assert any("flow.drop_text=1" in line for line in result["advice"])
+
+
+def test_faults_of_the_bench_do_what_they_say(photographs):
+    dataset = data.Dataset(photographs)
+    arguments = dataset.buckets[0], np.arange(4), np.ones(4, bool)
+    sound = dataset.read(*arguments)
+    with gate_power.rolled("vision"):
+        np.testing.assert_array_equal(dataset.read(*arguments)["vision"][1:], sound["vision"][:-1])
+    with gate_power.unswapped():
+        wrong = dataset.read(*arguments)
+    plain = dataset.read(dataset.buckets[0], np.arange(4), np.zeros(4, bool))
+    np.testing.assert_array_equal(wrong["text"], plain["text"])
+    np.testing.assert_array_equal(wrong["latent"], sound["latent"])
+    assert (dataset.read(*arguments)["text"] != plain["text"]).any()
+
+
+def test_a_projection_that_stands_still_is_named(passed, photographs):
+    """Weights with one projection put back to where it started."""
+    workdir, _ = passed
+    run, dataset = trained.load(workdir), data.Dataset(photographs)
+    assert validate.dead_projections(run, run, dataset) == [[], []]
+    settings = trained.model_settings(run.config["model"], run.dataset["widths"])
+    initial = model.initial_parameters(settings, run.config["train"]["seed"])
+    params = dict(run.params) | {"vision_in": initial["vision_in"], "vision_out": initial["vision_out"]}
+    still = trained.Trained(run.config, run.dataset, run.graph, params, run.step)
+    assert validate.dead_projections(run, still, dataset) == [
+        [],
+        ["vision_in has not moved", "vision_out has not moved"],
+    ]
+    assert validate.fingerprint(params) != validate.fingerprint(run.params)
+
+
+def test_padding_is_not_compared(passed, photographs):
+    workdir, _ = passed
+    run, dataset = trained.load(workdir), data.Dataset(photographs)
+    vae = encoders.load_vae(dataset.info["encoders"]["vae"])
+    examples = validate.gather(dataset, run, vae)[:2]
+    latent = examples[0].record["latent"]
+    mask = np.ones(latent.shape[:2], np.uint8)
+    mask[:, -2:] = 0
+    examples[0].record = {**examples[0].record, "mask": mask}
+    drawn = validate.draw_all(run, vae, examples, [None] * 2, [None] * 2)
+    wanted = np.stack([example.latent for example in examples])
+    np.testing.assert_allclose(drawn.latents[0][:, -2:], wanted[0][:, -2:], atol=1e-5)
+    assert np.abs(drawn.latents[0][:, :-2] - wanted[0][:, :-2]).max() > 0.1
+    assert np.abs(drawn.latents[1][:, -2:] - wanted[1][:, -2:]).max() > 0.1
 
 
 def test_nothing_to_judge_is_exit_code_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxdit.validate", f"--workdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run(f"--workdir={tmp_path}")
     assert done.returncode == 2 and "config.json is missing" in done.stderr and "Traceback" not in done.stderr
 
 
-def examples(count=30):
-    """Examples whose composition and light are known: a bright square at a place, in a colour."""
-    rng = np.random.default_rng(0)
-    made = []
-    for n in range(count):
-        pixels = np.full((64, 64, 3), 40, np.uint8)
-        row, column = divmod(n, 6)
-        pixels[4 + 12 * row : 14 + 12 * row, 4 + 5 * column : 12 + 5 * column] = 200
-        tint = rng.uniform(0.3, 1, 3)
-        pixels = (pixels * tint).astype(np.uint8)
-        record = {"text": np.full((2, 3), n, np.float32), "text_flip": np.full((2, 3), 100 + n, np.float32),
-                  "vision": np.full(3, n, np.float32)}  # fmt: skip
-        made.append(validate.Example(record, "64x64", pixels, pixels[:, ::-1]))
-    return made
+def test_own_photographs_are_judged_by_effects_beyond_controls(photographs, tmp_path):
+    """Captions of one's own: the same pictures, said in other words."""
+    pictures = photographs.parents[1] / "photographs"
+    own = tmp_path / "own"
+    own.mkdir()
+    for file in pictures.glob("*.png"):
+        (own / file.name).write_bytes(file.read_bytes())
+        (own / f"{file.stem}.txt").write_text(file.with_suffix(".txt").read_text().replace("A figure", "Somebody"))
+    path = encode(own, tmp_path / "encoded")
+    result = judged(path, tmp_path / "run", steps=10)
+    assert result["rule"] == judge.OWN and result["verdict"] == "fail"
+    assert set(judge.EFFECTS) <= set(result["checks"]) and "vision_light" not in result["checks"]
 
 
-def draw_like(made, *, ignore=None):
-    """What a perfect model would draw, or one that ignores a condition."""
-
-    def draw(texts, visions):
-        pictures = []
-        for i, (text, vision) in enumerate(zip(texts, visions)):
-            n, flipped = int(text[0, 0]) % 100, text[0, 0] >= 100
-            light = made[i if vision is None else int(vision[0])]
-            if ignore == "text":
-                n, flipped = i * 7 % len(made), False
-            shape = (made[n].flipped if flipped else made[n].pixels).astype(float)
-            if ignore == "vision":
-                light = made[n]
-            elif ignore == "text" and vision is not None:
-                shape = light.pixels.astype(float)
-            grey = shape.max(-1, keepdims=True)
-            pictures.append(np.clip(grey * light.pixels.mean((0, 1)) / grey.mean(), 0, 255).astype(np.uint8))
-        return pictures
-
-    return draw
+def encode(pictures, out):
+    command = [
+        sys.executable, "-m", "encode.main", "--config=configs/encode_demo.py", f"--config.images={pictures}",
+        f"--config.out={out}", "--config.resolutions=(64,)", "--config.max_buckets=1",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return out / "64"
 
 
-def verdict(checks):
-    return {name for name, threshold in validate.THRESHOLDS.items() if checks[name] < threshold}
-
-
-def test_a_perfect_painter_passes_and_a_deaf_or_a_blind_one_fails():
-    made = examples()
-    assert verdict(validate.run_checks(made, draw_like(made))[0]) == set()
-    assert verdict(validate.run_checks(made, draw_like(made, ignore="vision"))[0]) == {"vision_light"}
-    deaf = verdict(validate.run_checks(made, draw_like(made, ignore="text"))[0])
-    assert {"memory_text_only", "vision_composition", "text"} <= deaf
-
-
-def test_without_sides_whole_captions_are_exchanged():
-    made = examples()
-    for example in made:
-        example.record["text_flip"] = np.zeros((0, 3), np.float32)
-    checks, _ = validate.run_checks(made, draw_like(made))
-    assert "whole captions exchanged" in checks["text_by"] and checks["text"] == 1.0
-
-
-def test_composition_ignores_the_light_and_light_the_composition():
-    picture = np.asarray(Image.effect_noise((64, 64), 90).convert("RGB").resize((8, 8)).resize((64, 64)))
-    tinted = (picture * [0.9, 0.6, 0.4]).astype(np.uint8)
-    same = np.dot(validate.composition(picture), validate.composition(tinted)) / 1024
-    mirrored = np.dot(validate.composition(picture), validate.composition(picture[:, ::-1])) / 1024
-    assert same > 0.98 and mirrored < 0.6
-    np.testing.assert_allclose(validate.light(picture), validate.light(picture[:, ::-1]), atol=1e-6)
-    assert np.linalg.norm(validate.light(picture) - validate.light(tinted)) > 0.05
-
-
-def test_too_few_images_cannot_be_judged(folder, tmp_path):
+def test_too_few_images_cannot_be_judged(photographs, tmp_path):
     one = tmp_path / "one"
     one.mkdir()
     for suffix in ("png", "txt"):
-        (one / f"a.{suffix}").write_bytes((folder / "right" / f"figure-0000.{suffix}").read_bytes())
-    workdir = trained_on(encode(one, tmp_path / "encoded"), tmp_path / "run", 10)
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxdit.validate", f"--workdir={workdir}"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "needs at least 2" in done.stdout
-    assert json.loads((workdir / "gate" / "gate.json").read_text())["verdict"] == "incomplete"
-    assert "incomplete" in report.write(workdir).read_text()
+        (one / f"a.{suffix}").write_bytes(
+            (photographs.parents[1] / "photographs" / f"figure-0000.{suffix}").read_bytes()
+        )
+    config = quickstart.get_config()
+    config.data.path = str(encode(one, tmp_path / "encoded"))
+    config.model.update(SMALL)
+    config.optim.warmup_steps = 1
+    config.train.update(total_steps=10)
+    train.train(config, tmp_path / "run")
+    done = run(f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2 and "needs at least 10" in done.stdout
+    assert json.loads((tmp_path / "run" / "gate" / "gate.json").read_text())["verdict"] == "incomplete"
+    assert "incomplete" in report.write(tmp_path / "run").read_text()
 
 
 def test_the_page_of_a_run_shows_everything_and_escapes(passed, tmp_path):
@@ -188,5 +188,5 @@ def test_the_page_of_a_run_shows_everything_and_escapes(passed, tmp_path):
         json.dumps([{"file": "a.png", "prompt": "<img src=x> & 'q'", "reference": ""}])
     )
     page = report.write(workdir, samples=tmp_path).read_text()
-    for part in ("The gate", "Loss", "Samples", "Configuration", "&lt;img src=x&gt; &amp;", "<svg"):
+    for part in ("The gate", "Loss", "Samples", "Configuration", "&lt;img src=x&gt; &amp;", "<svg", "worst first"):
         assert part in page

@@ -1,0 +1,140 @@
+"""What the gate can tell: small models, sound and broken in known ways, and which checks each of them fails.
+
+.venv/bin/python -m bench.gate_power [--steps=1500] [--seeds=5] [--only="captions shuffled"]
+
+Trains five sound models with different seeds, which must pass, and six broken ones, each of which must fail at the check that
+knows its fault: on the 100 generated photographs at 64 x 64, about a minute each on two cores. Writes
+bench/results/gate-power-DEVICE.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from absl import flags
+
+from bench import device
+from configs import quickstart
+from encode import commandline
+from jaxdit import data, train, validate
+
+ROOT = Path(__file__).parents[1]
+STEPS = flags.DEFINE_integer("steps", 1500, "Steps of each training.")
+SEEDS = flags.DEFINE_integer("seeds", 5, "Sound models.")
+ONLY = flags.DEFINE_string("only", "", "Only the faults of this name, and no sound models.")
+SIZE = {"layers": 3, "width": 128, "heads": 4}
+
+read, records = data.Dataset.read, data.Dataset.records
+
+
+def rolled(*names: str):
+    """Batches whose conditions lie beside other images: rows of the named arrays one further."""
+
+    def wrong(self, *arguments):
+        batch = read(self, *arguments)
+        return batch | {name: np.roll(batch[name], 1, axis=0) for name in names}
+
+    return mock.patch.object(data.Dataset, "read", wrong)
+
+
+def unswapped():
+    """Mirror images with the caption of the image."""
+
+    def wrong(self, *arguments):
+        return [{**sample, "text_flip": sample["text"]} for sample in records(self, *arguments)]
+
+    return mock.patch.object(data.Dataset, "records", wrong)
+
+
+def dropped(**shares: float) -> dict[str, float]:
+    return {"drop_both": 0.0, "drop_text": 0.0, "drop_vision": 0.0} | shares
+
+
+# Each fault: what is wrong while the model is trained, its settings, and the checks of which at least one must fail.
+FAULTS: dict[str, tuple[Any, dict[str, dict], set[str]]] = {
+    "captions shuffled": (lambda: rolled("text", "text_length"), {}, {"text_only_ssim", "text_composition"}),
+    "vectors shuffled": (lambda: rolled("vision"), {}, {"vision_light", "vision_encoder"}),
+    "text always dropped": (contextlib.nullcontext, {"flow": dropped(drop_text=1.0)}, {"text_only_ssim", "text_composition"}),
+    "vision always dropped": (contextlib.nullcontext, {"flow": dropped(drop_vision=1.0)}, {"vision_light", "vision_encoder"}),
+    "flip's caption unswapped": (unswapped, {}, {"text_composition"}),
+    "untrained": (contextlib.nullcontext, {"train": {"total_steps": 1}}, {"memory_latent"}),
+}  # fmt: skip
+
+
+def photographs(folder: Path, count: int = 100, size: int = 64) -> Path:
+    """The generated photographs, encoded in one bucket."""
+    for command in (
+        ["encode.demo", f"--out={folder / 'photographs'}", f"--count={count}"],
+        [
+            "encode.main", "--config=configs/encode_demo.py", f"--config.images={folder / 'photographs'}",
+            f"--config.out={folder / 'encoded'}", f"--config.resolutions=({size},)", "--config.max_buckets=1",
+        ],
+    ):  # fmt: skip
+        subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
+    return folder / "encoded" / str(size)
+
+
+def judged(path: Path, workdir: Path, *, steps: int, fault: str = "", seed: int = 0, **size: int) -> dict[str, Any]:
+    """gate.json of a model trained with a fault, or of a sound one."""
+    wrong, changes, _ = FAULTS.get(fault, (contextlib.nullcontext, {}, set()))
+    config = quickstart.get_config()
+    config.data.path = str(path)
+    config.model.update(SIZE | size)
+    config.train.update(total_steps=steps, seed=seed)
+    for section, values in changes.items():
+        config[section].update(values)
+    config.optim.warmup_steps = min(100, config.train.total_steps // 10)
+    config.checkpoint.every = config.train.total_steps
+    config.sample.previews = 0
+    with wrong():
+        train.train(config, workdir)
+    return validate.gate(workdir, workdir / "gate")
+
+
+def main() -> int:
+    wanted = {f"sound, seed {seed}": ("", seed) for seed in range(0 if ONLY.value else SEEDS.value)}
+    wanted |= {fault: (fault, 0) for fault in FAULTS if ONLY.value in fault}
+    models = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = photographs(Path(folder))
+        for name, (fault, seed) in wanted.items():
+            began = time.monotonic()
+            result = judged(path, Path(folder) / name, steps=STEPS.value, fault=fault, seed=seed)
+            known = FAULTS[fault][2] & set(result["failed"]) if fault else set()
+            models[name] = {
+                "verdict": result["verdict"],
+                "failed": result["failed"],
+                "as it must": bool(known) if fault else result["verdict"] == "pass",
+                "advice": result["advice"],
+                "averaged": result["averaged"],
+                "raw": result["raw"],
+                "seconds": round(time.monotonic() - began, 1),
+            }
+            print(
+                f"{name}: {result['verdict']} ({', '.join(result['failed'])}) {models[name]['seconds']} s", flush=True
+            )
+            for line in result["advice"]:
+                print(f"    {line}", flush=True)
+    processor = device.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    found = {
+        "command": " ".join(sys.argv),
+        "steps": STEPS.value,
+        "size": SIZE,
+        "thresholds": result["thresholds"],
+        "models": models,
+    }
+    device.write("gate-power", processor, {"device": processor} | found)
+    return 0 if all(model["as it must"] for model in models.values()) else 1
+
+
+if __name__ == "__main__":
+    commandline.run(main)
