@@ -98,7 +98,10 @@ CONFUSED = (
     "With another image's vector neither its light nor the caption's composition comes: pairs of conditions that never met "
     "in training confuse the model. Train longer, on more images, with larger flow.drop_text and flow.drop_vision."
 )
-VECTOR_OVERPOWERS = "The vector overpowers the caption: raise flow.drop_vision, or sample with a higher --guidance_text and a lower --guidance_vision."
+VECTOR_OVERPOWERS = (
+    "The vector overpowers the caption: raise flow.drop_vision, or sample with a higher --guidance_text and a lower "
+    "--guidance_vision."
+)
 CAPTION_OVERPOWERS = (
     "The caption overpowers the vector: raise flow.drop_text, or sample with a higher --guidance_vision."
 )

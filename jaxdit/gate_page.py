@@ -58,9 +58,9 @@ def table(result: Mapping[str, Any]) -> str:
     rows = [
         [
             judge.WORDS[name],
-            shown(check["value"]),
+            _whole(check["value"]),
             check["needed"],
-            shown(result["raw_checks"][name]["value"]),
+            _whole(result["raw_checks"][name]["value"]),
             "pass" if check["passed"] else "FAIL",
         ]
         for name, check in result["checks"].items()
@@ -68,8 +68,8 @@ def table(result: Mapping[str, Any]) -> str:
     effects = [
         [
             judge.WORDS[name],
-            *(shown(result[weights]["effects"].get(name)) for weights in ("averaged", "raw")),
-            f"{effect['control']:.2f}",
+            *(_whole(result[weights]["effects"].get(name)) for weights in ("averaged", "raw")),
+            "not drawn" if effect["control"] is None else f"{effect['control']:.2f}",
         ]
         for name, effect in result["averaged"]["effects"].items()
     ]
@@ -143,6 +143,11 @@ def shown(value: Any) -> str:
     if isinstance(value, list):
         return "; ".join(value) or "none"
     return f"{value:.3f}"
+
+
+def _whole(value: Any) -> str:
+    """The same, not to be broken into lines."""
+    return shown(value).replace(" ", "\u00a0") if isinstance(value, Mapping) else shown(value)
 
 
 def _how(result: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ WORDS = {
     "text_composition": "exchanged caption: the composition follows it",
     "light_by_vector": "how far light moves to that of the exchanged vector's image",
     "encoder_by_vector": "how far the encoder's view moves to the exchanged vector",
-    "composition_kept": "how far composition stays from that of the exchanged vector's image (0.5: all of it)",
+    "composition_kept": "how far composition stays the caption's with another vector (0: half the way to that image)",
     "composition_by_caption": "how far composition moves to that of the exchanged caption",
     "conditioning": "projections of the conditions that have not moved, or have no gradient",
 }
@@ -193,8 +193,10 @@ def measure(
     ratios["text_composition"] = likeness.ratio(seen["text"][0], goals, forms)
     middle = (forms + forms[pairs]) / 2
     effects = {
-        "light_by_vector": _effect(asked.lit, seen["own"][1], seen["vision"][1], lights, lights[pairs], third),
-        "composition_kept": _effect(asked.lit, middle, seen["vision"][0], forms[pairs], forms),
+        "light_by_vector": _effect(
+            asked.lit, seen["own"][1], seen["vision"][1], lights, lights[pairs], third, shuffled=False
+        ),
+        "composition_kept": _effect(asked.lit, middle, seen["vision"][0], middle, forms),
         "composition_by_caption": _effect(asked.said, seen["own"][0], seen["text"][0], forms, goals),
     }
     if drawn["vision"].vectors is not None:
@@ -202,7 +204,7 @@ def measure(
         ratios["vision_encoder"] = likeness.ratio(drawn["vision"].vectors, vectors[pairs], vectors)
         third = drawn["control"].vectors if "control" in drawn else None
         effects["encoder_by_vector"] = _effect(
-            asked.lit, own.vectors, drawn["vision"].vectors, vectors, vectors[pairs], third
+            asked.lit, own.vectors, drawn["vision"].vectors, vectors, vectors[pairs], third, shuffled=False
         )
 
     for name, values in ratios.items():
@@ -245,7 +247,8 @@ def checks(numbers: Mapping[str, Any], dead: Sequence[str] | None, rule: str, *,
         effect = numbers.get("effects", {}).get(name)
         passed, needed = effect is not None and effect["low"] > 0, "interval above 0"
         if rule == OWN:
-            passed, needed = passed and effect["mean"] > effect["control"], needed + ", mean above the controls"
+            beyond = passed and effect["control"] is not None and effect["mean"] > effect["control"]
+            passed, needed = beyond, needed + ", mean above the controls"
         found[name] = {"value": effect, "needed": needed, "passed": bool(passed)}
     if not encoder:
         found = {name: check for name, check in found.items() if name not in ("vision_encoder", "encoder_by_vector")}
@@ -280,14 +283,17 @@ def _share(ratios: np.ndarray) -> float | None:
     return float((judged < 1).mean()) if len(judged) else None
 
 
-def _effect(judged, before, after, start, goal, third=None) -> dict[str, float]:
-    """The mean move with its interval, and what the mean must exceed to be more than that of the controls."""
+def _effect(judged, before, after, start, goal, third=None, shuffled=True) -> dict[str, float | None]:
+    """The mean move with its interval, and what the mean must exceed to be more than that of the controls.
+
+    Controls are the pictures drawn with a third image's vector where they are given; else goals are shuffled among images,
+    which says nothing of goals that were chosen far away (shuffled=False).
+    """
     before, after, start, goal = (values[judged] for values in (before, after, start, goal))
     moves = likeness.moved(before, after, start, goal)
     mean, low, high = likeness.interval(moves)
-    if third is None:
-        control = likeness.control(before, after, start, goal)
-    else:
+    control = likeness.control(before, after, start, goal) if shuffled else None
+    if third is not None:
         control = mean - likeness.interval(moves - likeness.moved(before, third[judged], start, goal))[1]
     return {"mean": mean, "low": low, "high": high, "control": control}
 

@@ -103,7 +103,7 @@ def test_a_perfect_painter_passes_and_gets_no_advice():
     assert numbers["memory_latent"] == 1 and numbers["psnr"] == pytest.approx(100) and numbers["psnr_next"] < 60
     assert numbers["effects"]["light_by_vector"]["mean"] == pytest.approx(1, abs=0.02)
     assert numbers["effects"]["composition_by_caption"]["mean"] == pytest.approx(1, abs=0.02)
-    assert numbers["effects"]["composition_kept"]["mean"] == pytest.approx(0.5, abs=0.05)
+    assert numbers["effects"]["composition_kept"]["mean"] == pytest.approx(1, abs=0.05)
     assert abs(numbers["leaks"]["composition_by_vector"]) < 0.05
 
 
