@@ -165,6 +165,23 @@ def test_records_come_in_the_order_asked_for_whichever_thread_is_first(written):
     assert [record["id"].decode() for record in found] == [wanted["64x64"][row]["id"] for row in rows]
 
 
+def test_a_parsed_record_is_what_tfds_reads(tmp_path):
+    make_data.dataset(tmp_path / "64", {"64x64": 6}, text=300, vision=1)  # lengths of one to four bytes
+    make_data.dataset(tmp_path / "65", {"64x64": 6}, flip=False, mask=np.ones((8, 8), np.uint8))
+    for root in (tmp_path / "64", tmp_path / "65"):
+        ours, theirs = data.Dataset(root).records("64x64", range(6)), records.open_bucket(root, "64x64")
+        for a, b in zip(ours, theirs, strict=True):
+            assert set(a) == set(b)
+            for name in a:
+                np.testing.assert_array_equal(a[name], b[name])
+                assert type(a[name]) is type(b[name]) and getattr(a[name], "dtype", 0) == getattr(b[name], "dtype", 0)
+
+
+def test_a_record_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="tag 8"):
+        data.parse(b"\x08\x01", {})
+
+
 def test_held_out_images_never_train_and_do_not_depend_on_the_seed(written):
     root, _ = written
     dataset = data.Dataset(root, holdout_fraction=0.3)
