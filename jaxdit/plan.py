@@ -12,8 +12,10 @@ import os
 # Read when JAX starts: XLA would take 75% of a card and waste 6 GB of 24.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
 
+import difflib
 import importlib.util
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -179,6 +181,7 @@ def _heading(given, settings, count, device, measured) -> list[str]:
         known = "nothing was measured; every number of memory, speed and time is an estimate."
     return [
         f"{given.name}: {known}",
+        *(startup.another_resolution(given.name, given.resolution) if given.config.data.path else ()),
         f"Model   {count:,} parameters: {settings['layers']} x {settings['width']}, {settings['heads']} heads, patch "
         f"{settings['patch']}; {settings['dtype']}, attention {settings['attention']}, remat {settings['remat']}",
         f"Data    {pictures:,} images ({given.source}); text {settings['text_width']} wide, vision {settings['vision_width']}",
@@ -359,6 +362,9 @@ def plan(
             raise InputError(f"--{flag}={value:g} must be above 0.")
     if real and device:
         raise InputError(f"--measure runs on the device at hand; leave --device={device} out.")
+    if device and device != "cpu" and estimate.peak_flops(device, "bfloat16") is None:
+        near = ", ".join(_nearest_cards(device))
+        raise InputError(f"--device={device}: no such card is known; the nearest are {near}; --measure runs on any.")
     commandline.refuse_url("config.data.path", config.data.path)
     checked = config.copy_and_resolve_references()
     checked.data.path = config.data.path or "assumed"
@@ -374,21 +380,18 @@ def plan(
     return screen(stages, given, look_at(device or CARD, memory_gb, config, real), watts, found)
 
 
+def _nearest_cards(name: str) -> list[str]:
+    names = [re.sub(r"\([^)]*\)\??|\[[^]]*\]|\.\*", "", card) for row in estimate.PEAKS for card in row[0].split("|")]
+    known = {card.lower(): card for card in names if estimate.peak_flops(card, "bfloat16")}
+    return [known[near] for near in difflib.get_close_matches(name.lower(), known, 3, 0.0)]
+
+
 def main(config: Any) -> int:
     options = flags.FLAGS
     if not options.measure:
         jax.config.update("jax_platforms", "cpu")  # a card that trains is not to be disturbed
-    print(
-        plan(
-            config,
-            options["config"].config_filename,
-            memory_gb=options.memory_gb,
-            device=options.device,
-            watts=options.watts,
-            resolution=options.resolution,
-            real=options.measure,
-        )
-    )
+    given = {name: getattr(options, name) for name in ("memory_gb", "device", "watts", "resolution")}
+    print(plan(config, options["config"].config_filename, real=options.measure, **given))
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 
 from jaxdit import checkpoint, estimate, metrics, model, optim
 
@@ -28,7 +29,9 @@ def announce(
     room = shutil.disk_usage(workdir).free + written
     for line in describe(config, dataset, settings, shapes, origin, device_memory(), room):
         logging.info(line)
-    for line in warnings(config, dataset, settings, shapes, origin, device_memory(), room):
+    file = flags.FLAGS["config"].config_filename if "config" in flags.FLAGS and flags.FLAGS.is_parsed() else ""
+    odd = warnings(config, dataset, settings, shapes, origin, device_memory(), room)
+    for line in [*another_resolution(file, dataset.info["resolution"]), *odd]:
         logging.warning(line)
 
 
@@ -106,6 +109,17 @@ def warnings(config, dataset, settings, shapes, origin, memory: int, room: int) 
             "a sample costs about a twentieth: begin with full.py:256, then :512 and :1024 with train.init_from."
         )
     return found
+
+
+def another_resolution(file: str, resolution: int) -> list[str]:
+    """A warning where FILE:ARG names a stage of another resolution than the data's; its numbers were chosen for its own."""
+    stage = file.partition(":")[2]
+    if not stage.isdigit() or int(stage) == resolution:
+        return []
+    return [
+        f"{file} is the stage for {stage}, and config.data.path is a data set of {resolution}: micro-batch, steps, shift and "
+        "learning rate are those of the stage. Take the data set, or the stage, of the other."
+    ]
 
 
 def remaining(config: Any, step: int, rate: float) -> str:

@@ -1,5 +1,8 @@
 import logging
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,8 @@ import pytest
 
 from encode.records import InputError
 from jaxdit import checkpoint
+
+ROOT = Path(__file__).parents[2]
 
 
 def state_of(value, layers=3):
@@ -54,6 +59,94 @@ def test_raw_weights_can_be_asked_for(tmp_path):
         checkpoint.restore_weights(tmp_path, state_of(0.0)[1], step=7)
 
 
+def spoil(step, item, how):
+    """Damage a saved step as a kill, a full disk or a copy that was cut off leaves it."""
+    if how == "truncated":
+        for file in (step / item).rglob("*"):
+            if file.is_file() and "manifest" not in file.name and not file.name.startswith("_"):
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif how == "item missing":
+        shutil.rmtree(step / item)
+    else:
+        step.rename(step.with_name(f"{step.name}.orbax-checkpoint-tmp"))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("how", ["truncated", "item missing", "unfinished"])
+def test_of_the_weights_the_newest_complete_step_is_taken_and_said(tmp_path, caplog, how, raw):
+    save_all(tmp_path, [10, 20]).close()
+    spoil(tmp_path / "checkpoints" / "20", "state" if raw else "ema", how)
+    with caplog.at_level(logging.WARNING):
+        step, weights = checkpoint.restore_weights(tmp_path, state_of(0.0)[1], raw=raw)
+    assert step == 10
+    np.testing.assert_array_equal(weights["blocks"]["kernel"], 10.0 if raw else 10.5)
+    if how == "truncated":
+        assert "20/state cannot be read" in caplog.text or "20/ema cannot be read" in caplog.text
+        with pytest.raises(InputError, match=r"20/.* cannot be read .*; name another step of 10, 20, "):
+            checkpoint.restore_weights(tmp_path, state_of(0.0)[1], step=20, raw=raw)
+    else:
+        assert f"the {'raw' if raw else 'averaged'} weights of step 20 are not complete" in caplog.text
+        assert "step 10 is taken" in caplog.text
+
+
+def test_weights_of_which_no_step_can_be_read_are_an_error(tmp_path):
+    save_all(tmp_path, [10, 20]).close()
+    for step in (10, 20):
+        spoil(tmp_path / "checkpoints" / str(step), "ema", "truncated")
+    with pytest.raises(InputError, match="none of the steps 10, 20 can be read"):
+        checkpoint.restore_weights(tmp_path, state_of(0.0)[1])
+
+
+def test_missing_weights_name_the_flag_and_the_steps_that_have_the_others(tmp_path):
+    save_all(tmp_path, [10, 20, 30], every=10, keep=2).close()
+    with pytest.raises(InputError, match=r"10: its raw weights .* have them: 20, 30; .*\(without --raw\): 10, 20, 30"):
+        checkpoint.restore_weights(tmp_path, state_of(0.0)[1], step=10, raw=True)
+    for step in (10, 20, 30):
+        spoil(tmp_path / "checkpoints" / str(step), "ema", "item missing")
+    with pytest.raises(InputError, match=r"30: its averaged weights .* have them: none; .*\(--raw\): 20, 30"):
+        checkpoint.restore_weights(tmp_path, state_of(0.0)[1])
+
+
+FAILING = """
+import logging, resource, sys
+from pathlib import Path
+import jax
+from encode import records
+from jaxdit import checkpoint
+
+logging.basicConfig(level=logging.WARNING)
+folder = Path(sys.argv[1])
+trees = [{name: jax.random.bits(jax.random.key(k), (300, 100)) for k, name in enumerate("abcdefgh")}] * 2
+saver = checkpoint.Checkpoints(folder, every=10, keep=2)
+saver.save(1, *trees, {})
+saver.wait()
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+saver.save(2, *trees, {})
+saver.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+for file in (folder / "checkpoints" / "1" / "ema").rglob("d/*"):
+    file.write_bytes(file.read_bytes()[:100])
+try:
+    checkpoint.restore_weights(folder, trees[1])
+except records.InputError as error:
+    print("refused", error)
+saver.close()
+"""
+
+
+def test_what_fails_is_told_in_sentences_and_not_by_every_thread(tmp_path):
+    """Orbax's threads log their tracebacks, and TensorStore prints "Event loop is closed" for each array left in hand."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "refused" in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr and "Event loop" not in done.stderr
+    saving, *reading = done.stderr.splitlines()
+    assert "a checkpoint could not be saved" in saving and "File too large" in saving, "the end of the reason is kept"
+    assert len(saving) < 600 and len(reading) <= 3 and all(len(line) < 600 for line in reading)
+
+
 def test_another_depth_is_refused_with_both_shapes(tmp_path):
     saver = save_all(tmp_path, [10])
     with pytest.raises(InputError, match=r"blocks\.kernel has shape \[3, 4\].*asks for \[5, 4\]"):
@@ -66,15 +159,7 @@ def test_another_depth_is_refused_with_both_shapes(tmp_path):
 @pytest.mark.parametrize("damage", ["truncated", "item missing", "unfinished"])
 def test_the_newest_complete_step_is_taken_and_named(tmp_path, caplog, damage):
     saver = save_all(tmp_path, [10, 20])
-    newest = tmp_path / "checkpoints" / "20"
-    if damage == "truncated":
-        for file in (newest / "state").rglob("*"):
-            if file.is_file() and "manifest" not in file.name and not file.name.startswith("_"):
-                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    elif damage == "item missing":
-        shutil.rmtree(newest / "data")
-    else:
-        newest.rename(newest.with_name("20.orbax-checkpoint-tmp"))
+    spoil(tmp_path / "checkpoints" / "20", "data" if damage == "item missing" else "state", damage)
     with caplog.at_level(logging.WARNING):
         assert saver.restore(*state_of(0.0))[0] == 10
     if damage == "truncated":

@@ -131,10 +131,30 @@ def test_days_and_energy_follow_from_the_operations():
     assert "does not fit" in text.split("none", 2)[2].splitlines()[0]
 
 
-def test_an_unknown_card_gets_memory_but_no_time():
-    text = plan.plan(nano.get_config(), "configs/nano.py", device="Radeon", memory_gb=16)
+def test_without_a_peak_there_is_memory_but_no_time():
+    text = plan.plan(nano.get_config(), "configs/nano.py", device="cpu", memory_gb=16)
     assert "peak not known" in text and "14.4 GB" in text
     assert rows_of(text, "Stages")["configs/nano.py"][4:7] == ["-", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("device", "nearest"), [("rtx 4090", "RTX 4090"), ("NVIDIA GeForce RTX 4900", "RTX 4090"), ("H1000", "H100")]
+)
+def test_a_misspelt_card_is_refused_with_the_nearest_ones(device, nearest):
+    with pytest.raises(InputError, match=f"^--device={device}: .* nearest are {nearest}, ") as refused:
+        plan.plan(nano.get_config(), "configs/nano.py", device=device)
+    named = str(refused.value).split("nearest are ")[1].split(";")[0].split(", ")
+    assert len(named) == 3
+    for card in named:  # what is named is known
+        assert "peak not known" not in plan.plan(nano.get_config(), "configs/nano.py", device=card)
+
+
+def test_a_stage_with_the_data_of_another_is_named(tmp_path):
+    make_data.dataset(tmp_path / "64", {"64x64": 4}, text=12, vision=6)
+    config = full.get_config("256")
+    config.data.path = str(tmp_path / "64")
+    assert "is the stage for 256, and config.data.path is a data set of 64" in plan.plan(config, f"{FULL}:256")
+    assert "is the stage for" not in plan.plan(full.get_config("256"), f"{FULL}:256", resolution=512)
 
 
 def test_measuring_runs_the_real_updates(monkeypatch):

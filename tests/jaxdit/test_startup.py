@@ -1,4 +1,8 @@
+import logging
+
 import make_data
+from absl import flags
+from ml_collections import config_flags
 from tiny_run import tiny
 
 from jaxdit import data, model, startup, trained
@@ -53,6 +57,23 @@ def test_a_run_at_1024_alone_is_warned_with_the_arithmetic_and_a_stage_is_not(tm
     assert not warnings and "Weights    from step 300,000 of A, ema weights." in lines and "Gate       pass." in lines
     assert not screen(tmp_path, "256", **changes)[1]
     assert not screen(tmp_path, "1024", **changes | {"train.total_steps": 400_000})[1]
+
+
+def test_a_stage_that_is_given_the_data_of_another_is_warned_of_both(tmp_path, monkeypatch, caplog):
+    make_data.dataset(tmp_path / "64", {"64x64": 4})
+    config, dataset = tiny(tmp_path / "64"), data.Dataset(tmp_path / "64")
+    settings = trained.model_settings(config.model, dataset.info["widths"])
+    for file, warned in (("configs/full.py:256", True), ("configs/full.py", False), ("configs/quickstart.py", False)):
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        values(["main", f"--config={file}"])
+        monkeypatch.setattr(flags, "FLAGS", values)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            startup.announce(config, dataset, settings, model.abstract(settings)[1], {}, tmp_path)
+        assert ("configs/full.py:256 is the stage for 256" in caplog.text) == warned
+        assert ("a data set of 64:" in caplog.text) == warned
+    assert startup.another_resolution("configs/full.py:512", 512) == []
 
 
 def test_what_does_not_fit_is_said_before_it_fails(tmp_path):
