@@ -1,6 +1,10 @@
 import gc
 import json
+import os
+import resource
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import make_data
 import numpy as np
@@ -112,6 +116,83 @@ def test_a_prompt_that_is_too_long_is_told_with_what_is_cut(told, tmp_path, caps
         encode(told, fields, tmp_path / "cache")
         said = capsys.readouterr().out
         assert said.count("cut") == 1 and "6 tokens" in said and "'six seven'" in said
+
+
+def test_of_a_very_long_prompt_both_ends_of_what_is_cut_are_told(told, capsys):
+    words = " ".join(f"word{number}" for number in range(300))
+    encode(told, [{"prompt": words}], None)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "'word5 word6" in line and "word299'" in line and "2,259 characters" in line and len(line) < 300
+
+
+def test_a_slow_encoder_is_named_before_it_is_loaded(told, monkeypatch, capsys):
+    def slow(section):
+        assert capsys.readouterr().out == "Loading the text encoder from /models/t5 ...\n"
+        return demo_encoders.DemoText(6)
+
+    monkeypatch.setattr(encoders, "load_text", slow)
+    told[1]["encoders"]["text"] |= {"name": "t5", "path": "/models/t5"}
+    given, _ = encode(told, [{"prompt": "a cat"}], None)
+    assert given[0].text is not None and not capsys.readouterr().out
+
+
+def sizes(folder):
+    return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+
+def test_the_cache_stays_within_its_room_and_what_was_used_last_stays(tmp_path):
+    kept = np.zeros(1000, np.uint8)
+    conditions.Cache(tmp_path).put("k0", a=kept)
+    one = sizes(tmp_path)["k0.npz"]
+    cache, now = conditions.Cache(tmp_path, room=10 * one), time.time()
+    for number in range(10):
+        cache.put(f"k{number}", a=kept)
+        os.utime(tmp_path / f"k{number}.npz", (now, now - 100 + number))
+    assert len(sizes(tmp_path)) == 10  # full
+    assert cache.get("k0") is not None  # used now
+    cache.put("new", a=kept)
+    assert set(sizes(tmp_path)) == {f"{name}.npz" for name in ("k0", *(f"k{n}" for n in range(3, 10)), "new")}
+    another = conditions.Cache(tmp_path, room=3 * one)  # a process that begins on a folder that is too large
+    another.put("last", a=kept)
+    assert len(sizes(tmp_path)) == 2 and another.get("last") is not None
+
+
+def test_what_a_killed_process_left_in_the_cache_goes_and_what_is_in_hand_stays(tmp_path):
+    for name, age in (("old.tmp", 2 * conditions.DAY), ("in_hand.tmp", 10)):
+        (tmp_path / name).write_bytes(bytes(5_000))
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    conditions.Cache(tmp_path, room=8_000).put("new", a=np.zeros(1000, np.uint8))
+    assert set(sizes(tmp_path)) == {"in_hand.tmp", "new.npz"}
+
+
+def test_many_use_one_cache_at_once(tmp_path):
+    def work(seed):
+        cache, rng, found = conditions.Cache(tmp_path, room=20_000), np.random.default_rng(seed), 0
+        for _ in range(150):
+            key = int(rng.integers(30))
+            stored = cache.get(f"{key}")
+            if stored is None:
+                stored = cache.put(f"{key}", a=np.full(1000, key, np.uint8))
+            else:
+                found += 1
+            np.testing.assert_array_equal(stored["a"], np.full(1000, key, np.uint8))
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, range(4)))
+    assert min(found) > 10
+    names = sizes(tmp_path)
+    assert not any(name.endswith(".tmp") for name in names) and sum(names.values()) < 2 * 20_000
+
+
+def test_a_full_disk_leaves_nothing_half_written_in_the_cache(tmp_path, caplog):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        found = conditions.Cache(tmp_path).put("a", a=np.zeros(100_000, np.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(found["a"]) == 100_000 and not sizes(tmp_path) and "are not kept (File too large)" in caplog.text
 
 
 def test_another_encoder_than_the_data_sets_is_refused(told, tmp_path):

@@ -47,7 +47,13 @@ def test_two_references_are_mixed_by_weights_that_sum_to_one():
         ({"count": 0}, "count=0"),
         ({"scales": 3}, r"scales=3: two numbers"),
         ({"scales": [1, float("nan")]}, "scales=nan is not a number"),
-        ({"size": "100x100"}, "the nearest size is 96x96"),
+        ({"scales": [1, 10**400]}, "scales=10000000000000000000 is not a number"),
+        ({"prompt": "\ud800"}, r"prompt='\\ud800' is not Unicode"),
+        ({"reference": "\ud800.png"}, "is not Unicode"),
+        ({"init": "a.png", "strength": 2}, "strength=2"),
+        ({"size": "100x100"}, "the nearest size is 96x96, the nearest shape that the model has seen 128x128"),
+        ({"size": "150x100"}, "the nearest size is 144x96, the nearest shape that the model has seen 144x112"),
+        ({"size": "0x100"}, "the nearest size is 16x96"),
         ({"size": [64, 64]}, "is not WIDTHxHEIGHT"),
         ({"size": "64x64", "aspect": "1:1"}, "size and aspect"),
         ({"aspect": "wide"}, "aspect='wide'"),
@@ -83,9 +89,20 @@ def test_json_lines_are_read_and_what_is_wrong_is_named_with_its_line(tmp_path):
         path.write_text(f'{{"prompt": "a"}}\n\n{json.dumps(line)}\n')
         with pytest.raises(InputError, match=words):
             wishes.read_list(path)
-    path.write_text('{"prompt": "a"\n')
-    with pytest.raises(InputError, match=":1: not JSON"):
-        wishes.read_list(path)
+    for line, words in (
+        ('{"prompt": "a"', "delimiter, column 15"),
+        ("[" * 100_000, "recursion"),
+        ("{'a'}", "column 2"),
+    ):
+        path.write_text(f'{{"prompt": "a"}}\n{line}\n')
+        with pytest.raises(InputError, match=rf"list.jsonl:2: not JSON \(.*{words}"):
+            wishes.read_list(path)
+
+
+def test_a_file_of_any_name_is_a_reference_and_a_sentence_is_not():
+    assert one({"reference": "caf\udce9.png"})[0].references == ("caf\udce9.png",)  # a name that is not UTF-8
+    with pytest.raises(InputError, match="is not Unicode"):
+        one({"prompt": "caf\udce9"})
 
 
 def test_flags_are_paired():
