@@ -16,11 +16,16 @@ def processor() -> str:
         return platform.machine()
 
 
+def path(name: str, device: str) -> Path:
+    """bench/results/NAME-DEVICE.json."""
+    return Path(__file__).parent / "results" / f"{name}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
 def write(name: str, device: str, result: dict) -> Path:
     """bench/results/NAME-DEVICE.json, also printed."""
     text = json.dumps(result, indent=2)
-    path = Path(__file__).parent / "results" / f"{name}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
-    path.write_text(text + "\n", encoding="utf-8")
+    file = path(name, device)
+    file.write_text(text + "\n", encoding="utf-8")
     print(text)
-    print(f"Written: {path}")
-    return path
+    print(f"Written: {file}")
+    return file

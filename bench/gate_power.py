@@ -59,14 +59,14 @@ def dropped(**shares: float) -> dict[str, float]:
     return {"drop_both": 0.0, "drop_text": 0.0, "drop_vision": 0.0} | shares
 
 
-# Each fault: what is wrong while the model is trained, its settings, and the checks of which at least one must fail.
-FAULTS: dict[str, tuple[Any, dict[str, dict], set[str]]] = {
+# Each fault: what is wrong while the model is trained, its flow, and the checks of which at least one must fail.
+FAULTS: dict[str, tuple[Any, dict[str, float], set[str]]] = {
     "captions shuffled": (lambda: rolled("text", "text_length"), {}, {"text_only_ssim", "text_composition"}),
     "vectors shuffled": (lambda: rolled("vision"), {}, {"vision_light", "vision_encoder"}),
-    "text always dropped": (contextlib.nullcontext, {"flow": dropped(drop_text=1.0)}, {"text_only_ssim", "text_composition"}),
-    "vision always dropped": (contextlib.nullcontext, {"flow": dropped(drop_vision=1.0)}, {"vision_light", "vision_encoder"}),
+    "text always dropped": (contextlib.nullcontext, dropped(drop_text=1.0), {"text_only_ssim", "text_composition"}),
+    "vision always dropped": (contextlib.nullcontext, dropped(drop_vision=1.0), {"vision_light", "vision_encoder"}),
     "flip's caption unswapped": (unswapped, {}, {"text_composition"}),
-    "untrained": (contextlib.nullcontext, {"train": {"total_steps": 1}}, {"memory_latent"}),
+    "untrained": (contextlib.nullcontext, {}, {"memory_latent"}),
 }  # fmt: skip
 
 
@@ -83,18 +83,23 @@ def photographs(folder: Path, count: int = 50, size: int = 64) -> Path:
     return folder / "encoded" / str(size)
 
 
-def judged(path: Path, workdir: Path, *, steps: int, fault: str = "", seed: int = 0, **size: int) -> dict[str, Any]:
-    """gate.json of a model trained with a fault, or of a sound one."""
-    wrong, changes, _ = FAULTS.get(fault, (contextlib.nullcontext, {}, set()))
+def configured(path: Path, *, steps: int, seed: int = 0, **size: int) -> Any:
+    """The quickstart's configuration for a small model on the photographs at `path`."""
     config = quickstart.get_config()
     config.data.path = str(path)
     config.model.update(SIZE | size)
     config.train.update(total_steps=steps, seed=seed)
-    for section, values in changes.items():
-        config[section].update(values)
-    config.optim.warmup_steps = min(100, config.train.total_steps // 10)
-    config.checkpoint.every = config.train.total_steps
+    config.optim.warmup_steps = min(100, steps // 10)
+    config.checkpoint.every = steps
     config.sample.previews = 0
+    return config
+
+
+def judged(path: Path, workdir: Path, *, steps: int, fault: str = "", seed: int = 0, **size: int) -> dict[str, Any]:
+    """gate.json of a model trained with a fault, or of a sound one."""
+    wrong, changes, _ = FAULTS.get(fault, (contextlib.nullcontext, {}, set()))
+    config = configured(path, steps=1 if fault == "untrained" else steps, seed=seed, **size)
+    config.flow.update(changes)
     with wrong():
         train.train(config, workdir)
     return validate.gate(workdir, workdir / "gate")

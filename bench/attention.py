@@ -1,0 +1,96 @@
+"""Attention forward and backward at the shapes of our models: cuDNN against XLA, speed and error.
+
+.venv/bin/python -m bench.attention [--tokens=256,1024,4096] [--seconds=2]
+
+The error is that of the output against the plain formula in float32, relative to its size; texts are masked by their lengths, as
+in training. Writes bench/results/attention-DEVICE.json. Without a GPU there is no cuDNN, and XLA stands alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from bench import device
+from encode import commandline
+from jaxdit import mesh
+
+TOKENS = flags.DEFINE_list("tokens", ["256", "1024", "4096"], "Image tokens: 256, 512 and 1024 pixels a side.")
+SECONDS = flags.DEFINE_float("seconds", 2.0, "Time spent on each measurement.")
+MODELS = {"nano": 6, "full": 16}  # heads, of 64 each
+HEAD, TEXT, IMAGE_TOKENS = 64, 128, 32_768  # tokens a batch: what a 24 GB card takes at once
+
+
+def plain(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """softmax(q k^T / sqrt(size)) v in float32, of [batch, tokens, heads, size]."""
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    logits = jnp.einsum("bnkd,blkd->bknl", q, k, precision="highest") / HEAD**0.5
+    if lengths is not None:
+        logits = jnp.where(jnp.arange(k.shape[1]) < lengths[:, None, None, None], logits, -jnp.inf)
+    return jnp.einsum("bknl,blkd->bnkd", jax.nn.softmax(logits), v, precision="highest")
+
+
+def milliseconds(run: Callable[[], Any]) -> float:
+    """Median time of a call, after one that compiles."""
+    jax.block_until_ready(run())
+    times, began = [], time.monotonic()
+    while time.monotonic() - began < SECONDS.value or len(times) < 3:
+        start = time.monotonic()
+        jax.block_until_ready(run())
+        times.append(time.monotonic() - start)
+    return 1e3 * float(np.median(times))
+
+
+def measure(implementation: str, q, k, v, lengths) -> dict[str, float]:
+    """Time of forward and backward together, operations a second, and the error of the forward pass."""
+
+    def attend(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
+
+    step = jax.jit(jax.grad(lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
+    few = [x[:1] for x in (q, k, v)]
+    wanted = plain(*few, None if lengths is None else lengths[:1])
+    found = jax.jit(attend)(q, k, v)[:1].astype(jnp.float32)
+    time_taken = milliseconds(lambda: step(q, k, v))
+    operations = 3.5 * 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * HEAD  # backward: five products for two
+    return {
+        "ms": round(time_taken, 3),
+        "teraflops": round(operations / time_taken / 1e9, 3),
+        "error": float(f"{float(jnp.sqrt(jnp.mean((found - wanted) ** 2) / jnp.mean(wanted**2))):.2g}"),
+    }
+
+
+def main() -> int:
+    on_gpu = jax.default_backend() == "gpu"
+    dtype = mesh.compute_dtype("auto")
+    name = jax.devices()[0].device_kind if on_gpu else device.processor()
+    rows = []
+    for model, heads in MODELS.items():
+        for tokens in map(int, TOKENS.value):
+            batch = max(IMAGE_TOKENS // tokens, 1) if on_gpu else 1
+            for kind, keys in (("self", tokens), ("cross", TEXT)):
+                shapes = [(batch, count, heads, HEAD) for count in (tokens, keys, keys)]
+                q, k, v = (jax.random.normal(jax.random.key(place), shape, dtype) for place, shape in enumerate(shapes))
+                lengths = jnp.arange(batch, dtype=jnp.int32) % keys + 1 if kind == "cross" else None
+                row = {"model": model, "attention": kind, "batch": batch, "tokens": tokens, "keys": keys}
+                for implementation in ("cudnn", "xla") if on_gpu else ("xla",):
+                    try:
+                        row[implementation] = measure(implementation, q, k, v, lengths)
+                    except Exception as error:  # each cuDNN build refuses in its own way
+                        row[implementation] = str(error).splitlines()[0][:200]
+                rows.append(row)
+                print(row, flush=True)
+    device.write("attention", name, {"device": name, "dtype": dtype, "jax": jax.__version__,
+                                     "command": " ".join(sys.argv), "rows": rows})  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    commandline.run(main)

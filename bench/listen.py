@@ -1,0 +1,120 @@
+"""Learning per hour, which is what a person pays for: when each check of the gate first passes, setting by setting.
+
+.venv/bin/python -m bench.listen [--settings=shift] [--seeds=3] [--steps=2400]
+
+Trains the small model of bench.gate_power on generated photographs with each setting and seed, and puts the averaged, the raw
+and the guided averaged weights of every checkpoint through the gate's measures. Goes on where it stopped: a row of the
+result is one training. Writes bench/results/listen-DEVICE.json and a plot beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from absl import flags
+
+from bench import device, gate_power
+from encode import commandline, encoders
+from jaxdit import charts, checkpoint, data, judge, metrics, page, train, trained, validate
+
+CHOSEN = flags.DEFINE_string("settings", "", "Only settings whose name holds this.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "Trainings of each setting.")
+STEPS = flags.DEFINE_integer("steps", 2400, "Steps of each training.")
+EVERY = flags.DEFINE_integer("every", 400, "Steps between two looks.")
+
+SHARES = ("drop_both", "drop_text", "drop_vision")
+SETTINGS: dict[str, dict[str, float]] = {
+    **{f"shift {shift}": {"shift": float(shift)} for shift in (1, 2, 3, 5)},
+    "drop 5%": dict.fromkeys(SHARES, 0.05),
+    "drop 20%": dict.fromkeys(SHARES, 0.2),
+    "drop vision 25%": {"drop_both": 0.1, "drop_text": 0.1, "drop_vision": 0.25},
+}
+LOOKS = {"averaged": (False, (1.0, 1.0)), "raw": (True, (1.0, 1.0)), "guided": (False, (2.0, 1.2))}
+SHOWN = ("text_only_ssim", "text_composition", "vision_light", "memory_ssim")
+
+
+def listen(path: Path, workdir: Path, setting: dict[str, float], seed: int) -> list[dict[str, Any]]:
+    """Train one model, and look at each of its checkpoints: [{step, samples, seconds, averaged, raw, guided}]."""
+    config = gate_power.configured(path, steps=STEPS.value, seed=seed)
+    config.flow.update(setting)
+    config.checkpoint.every, config.checkpoint.keep = EVERY.value, STEPS.value // EVERY.value + 1
+    train.train(config, workdir)
+    dataset = data.Dataset(path)
+    vae, vision = (
+        load(dataset.info["encoders"][name])
+        for load, name in ((encoders.load_vae, "vae"), (encoders.load_vision, "vision"))
+    )
+    seconds = {row["step"]: row["seconds"] for row in metrics.read(workdir)}
+    rows = []
+    for step in checkpoint.saved_steps(workdir):
+        row: dict[str, Any] = {"step": step, "samples": step * config.train.batch_size, "seconds": seconds[step]}
+        for name, (raw, guidance) in LOOKS.items():
+            run = trained.load(workdir, step=step, raw=raw)
+            examples = validate.gather(dataset, run, vae)
+            with mock.patch.dict(validate.SAMPLING, guidance=guidance):
+                numbers, *_ = validate.score(run, vae, vision, examples, judge.questions(examples), judge.GENERATED)
+            row[name] = {key: round(numbers[key], 4) for key in (*judge.THRESHOLDS, "psnr")}
+        rows.append(row)
+    return rows
+
+
+def first_passes(rows: list[dict[str, Any]], name: str) -> dict[str, dict[str, float] | None]:
+    """For each check the samples and seconds at the first look from which on it passes; None: never."""
+    found = {}
+    for check, needed in judge.THRESHOLDS.items():
+        passes = [row[name][check] <= needed if check in judge.AT_MOST else row[name][check] >= needed for row in rows]
+        since = len(passes) - (passes[::-1].index(False) if False in passes else len(passes))
+        row = rows[since] if since < len(rows) else None
+        found[check] = row and {"samples": row["samples"], "seconds": round(row["seconds"], 1)}
+    return found
+
+
+def plot(result: dict[str, Any]) -> str:
+    """One frame a check: its share by step, a line a setting, the mean of its seeds."""
+    drawn = []
+    for check in SHOWN:
+        lines, steps = [], np.array([])
+        for place, (name, seeds) in enumerate(result["curves"].items()):
+            steps = np.array([row["step"] for row in next(iter(seeds.values()))])
+            values = np.mean([[row["averaged"][check] for row in rows] for rows in seeds.values()], 0)
+            lines.append(charts.Line(name, values, charts.COLOURS[place % len(charts.COLOURS)]))
+        drawn.append(charts.chart(judge.WORDS[check], steps, lines, percent=True, zero=True))
+    return page.page("When the model begins to listen", charts.grid(*drawn))
+
+
+def main() -> int:
+    logging.getLogger().setLevel(logging.WARNING)
+    name = device.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    path = device.path("listen", name)
+    known = {"device": name, "steps": STEPS.value, "size": gate_power.SIZE, "guided": LOOKS["guided"][1]}
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if any(result.get(key) != json.loads(json.dumps(value)) for key, value in known.items()):
+        result = known | {"command": " ".join(sys.argv), "first": {}, "curves": {}}
+    wanted = [(s, seed) for seed in range(SEEDS.value) for s in SETTINGS if CHOSEN.value in s]
+    with tempfile.TemporaryDirectory() as folder:
+        photographs = gate_power.photographs(Path(folder))
+        for setting, seed in wanted:
+            curves = result["curves"].setdefault(setting, {})
+            if str(seed) in curves:
+                continue
+            rows = listen(photographs, Path(folder) / f"{setting} {seed}", SETTINGS[setting], seed)
+            curves[str(seed)] = rows
+            first = {look: first_passes(rows, look) for look in LOOKS}
+            result["first"].setdefault(setting, {})[str(seed)] = first
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            path.with_suffix(".html").write_text(plot(result))
+            passed = {check: at and at["samples"] for check, at in first["averaged"].items()}
+            print(f"{setting}, seed {seed}: samples until it passes {passed}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    commandline.run(main)

@@ -1,0 +1,23 @@
+from bench import listen
+from jaxdit import judge
+
+
+def row(step, share, margin):
+    checks = dict.fromkeys(judge.THRESHOLDS, share) | {"memory_margin": margin}
+    return {"step": step, "samples": 8 * step, "seconds": step / 10, "averaged": checks}
+
+
+def test_a_check_passes_from_the_look_after_its_last_failure():
+    rows = [row(100, 0.99, 0.4), row(200, 0.5, 0.9), row(300, 0.82, 0.6), row(400, 1.0, 0.3)]
+    found = listen.first_passes(rows, "averaged")
+    assert found["vision_light"] == {"samples": 2400, "seconds": 30.0}  # the pass at 100 was chance
+    assert found["memory_latent"] == {"samples": 3200, "seconds": 40.0}
+    assert found["memory_margin"] == {"samples": 3200, "seconds": 40.0}  # at most a half
+    assert listen.first_passes(rows[:2], "averaged")["vision_light"] is None
+    assert listen.first_passes(rows[3:], "averaged")["vision_light"] == {"samples": 3200, "seconds": 40.0}
+
+
+def test_the_plot_has_a_line_a_setting():
+    curves = {name: {"0": [row(100, 0.2, 1.0), row(200, 0.9, 0.4)]} for name in ("shift 1", "shift 3")}
+    page = listen.plot({"curves": curves})
+    assert page.count("shift 3") >= 4 and "<svg" in page
