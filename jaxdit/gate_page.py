@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdit import judge, page
+from jaxdit import judge, likeness, page
 
 SHOWN = 4  # images of a check
 
@@ -104,17 +104,13 @@ def strips(examples, asked, drawn, ratios, nexts) -> str:
 
 def _strip(name, i, examples, asked, drawn, values, nexts) -> str:
     example, pair = examples[i], examples[asked.pairs[i]]
-    if name.startswith("memory"):
+    if name.startswith(("memory", "text_only")):
+        pixels = drawn["own" if name.startswith("memory") else "text_only"].pixels[i]
+        following = examples[nexts[name][i]].pixels
         pictures = [
             ("the image", example.pixels),
-            ("drawn", drawn["own"].pixels[i]),
-            ("the next", examples[nexts[name][i]].pixels),
-        ]
-    elif name.startswith("text_only"):
-        pictures = [
-            ("the image", example.pixels),
-            ("drawn", drawn["text_only"].pixels[i]),
-            ("the next", examples[nexts[name][i]].pixels),
+            (f"drawn{_decibels(pixels, example.pixels)}", pixels),
+            (f"the next{_decibels(following, example.pixels)}", following),
         ]
     elif name.startswith("vision"):
         pictures = [
@@ -132,6 +128,11 @@ def _strip(name, i, examples, asked, drawn, values, nexts) -> str:
         ]
     words = f"{example.record['id'].decode()}: {example.record['caption'].decode()} (ratio {values[i]:.2f})"
     return page.strip(words, pictures)
+
+
+def _decibels(pixels: np.ndarray, image: np.ndarray) -> str:
+    """PSNR to the image, in words; nothing between shapes."""
+    return f": {likeness.psnr(pixels, image):.1f} dB" if pixels.shape == image.shape else ""
 
 
 def shown(value: Any) -> str:
