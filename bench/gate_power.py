@@ -28,9 +28,6 @@ from encode import commandline
 from jaxdit import data, train, validate
 
 ROOT = Path(__file__).parents[1]
-STEPS = flags.DEFINE_integer("steps", 2400, "Steps of each training.")
-SEEDS = flags.DEFINE_integer("seeds", 5, "Sound models.")
-ONLY = flags.DEFINE_string("only", "", "Only the faults of this name, and no sound models.")
 SIZE = {"layers": 3, "width": 192, "heads": 3}
 
 read, records = data.Dataset.read, data.Dataset.records
@@ -105,15 +102,22 @@ def judged(path: Path, workdir: Path, *, steps: int, fault: str = "", seed: int 
     return validate.gate(workdir, workdir / "gate")
 
 
+def define_flags() -> None:
+    flags.DEFINE_integer("steps", 2400, "Steps of each training.")
+    flags.DEFINE_integer("seeds", 5, "Sound models.")
+    flags.DEFINE_string("only", "", "Only the faults whose name holds this, and no sound models.")
+
+
 def main() -> int:
-    wanted = {f"sound, seed {seed}": ("", seed) for seed in range(0 if ONLY.value else SEEDS.value)}
-    wanted |= {fault: (fault, 0) for fault in FAULTS if ONLY.value in fault}
+    steps, seeds, only = flags.FLAGS.steps, flags.FLAGS.seeds, flags.FLAGS.only
+    wanted = {f"sound, seed {seed}": ("", seed) for seed in range(0 if only else seeds)}
+    wanted |= {fault: (fault, 0) for fault in FAULTS if only in fault}
     models = {}
     with tempfile.TemporaryDirectory() as folder:
         path = photographs(Path(folder))
         for name, (fault, seed) in wanted.items():
             began = time.monotonic()
-            result = judged(path, Path(folder) / name, steps=STEPS.value, fault=fault, seed=seed)
+            result = judged(path, Path(folder) / name, steps=steps, fault=fault, seed=seed)
             known = FAULTS[fault][2] & set(result["failed"]) if fault else set()
             models[name] = {
                 "verdict": result["verdict"],
@@ -132,7 +136,7 @@ def main() -> int:
     processor = device.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     found = {
         "command": " ".join(sys.argv),
-        "steps": STEPS.value,
+        "steps": steps,
         "size": SIZE,
         "thresholds": result["thresholds"],
         "models": models,
@@ -142,4 +146,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    define_flags()
     commandline.run(main)

@@ -25,11 +25,6 @@ from bench import device, gate_power
 from encode import commandline, encoders
 from jaxdit import charts, checkpoint, data, judge, metrics, page, train, trained, validate
 
-CHOSEN = flags.DEFINE_string("settings", "", "Only settings whose name holds this.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Trainings of each setting.")
-STEPS = flags.DEFINE_integer("steps", 2400, "Steps of each training.")
-EVERY = flags.DEFINE_integer("every", 400, "Steps between two looks.")
-
 SHARES = ("drop_both", "drop_text", "drop_vision")
 SETTINGS: dict[str, dict[str, float]] = {
     **{f"shift {shift}": {"shift": float(shift)} for shift in (1, 2, 3, 5)},
@@ -41,11 +36,13 @@ LOOKS = {"averaged": (False, (1.0, 1.0)), "raw": (True, (1.0, 1.0)), "guided": (
 SHOWN = ("text_only_ssim", "text_composition", "vision_light", "memory_ssim")
 
 
-def listen(path: Path, workdir: Path, setting: dict[str, float], seed: int) -> list[dict[str, Any]]:
+def listen(
+    path: Path, workdir: Path, setting: dict[str, float], *, steps: int, every: int, seed: int
+) -> list[dict[str, Any]]:
     """Train one model, and look at each of its checkpoints: [{step, samples, seconds, averaged, raw, guided}]."""
-    config = gate_power.configured(path, steps=STEPS.value, seed=seed)
+    config = gate_power.configured(path, steps=steps, seed=seed)
     config.flow.update(setting)
-    config.checkpoint.every, config.checkpoint.keep = EVERY.value, STEPS.value // EVERY.value + 1
+    config.checkpoint.every, config.checkpoint.keep = every, steps // every + 1
     train.train(config, workdir)
     dataset = data.Dataset(path)
     vae, vision = (
@@ -90,22 +87,43 @@ def plot(result: dict[str, Any]) -> str:
     return page.page("When the model begins to listen", charts.grid(*drawn))
 
 
+def define_flags() -> None:
+    flags.DEFINE_string("settings", "", "Only settings whose name holds this.")
+    flags.DEFINE_integer("seeds", 3, "Trainings of each setting.")
+    flags.DEFINE_integer("steps", 2400, "Steps of each training.")
+    flags.DEFINE_integer("every", 400, "Steps between two looks.")
+
+
 def main() -> int:
+    options = flags.FLAGS
     logging.getLogger().setLevel(logging.WARNING)
     name = device.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     path = device.path("listen", name)
-    known = {"device": name, "steps": STEPS.value, "size": gate_power.SIZE, "guided": LOOKS["guided"][1]}
+    known = {
+        "device": name,
+        "steps": options.steps,
+        "every": options.every,
+        "size": gate_power.SIZE,
+        "guided": LOOKS["guided"][1],
+    }
     result = json.loads(path.read_text()) if path.exists() else {}
     if any(result.get(key) != json.loads(json.dumps(value)) for key, value in known.items()):
         result = known | {"command": " ".join(sys.argv), "first": {}, "curves": {}}
-    wanted = [(s, seed) for seed in range(SEEDS.value) for s in SETTINGS if CHOSEN.value in s]
+    wanted = [(s, seed) for seed in range(options.seeds) for s in SETTINGS if options.settings in s]
     with tempfile.TemporaryDirectory() as folder:
         photographs = gate_power.photographs(Path(folder))
         for setting, seed in wanted:
             curves = result["curves"].setdefault(setting, {})
             if str(seed) in curves:
                 continue
-            rows = listen(photographs, Path(folder) / f"{setting} {seed}", SETTINGS[setting], seed)
+            rows = listen(
+                photographs,
+                Path(folder) / f"{setting} {seed}",
+                SETTINGS[setting],
+                steps=options.steps,
+                every=options.every,
+                seed=seed,
+            )
             curves[str(seed)] = rows
             first = {look: first_passes(rows, look) for look in LOOKS}
             result["first"].setdefault(setting, {})[str(seed)] = first
@@ -117,4 +135,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    define_flags()
     commandline.run(main)
