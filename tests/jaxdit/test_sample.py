@@ -1,9 +1,15 @@
 import functools
 import json
+import logging
 import os
+import re
+import resource
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,7 +78,7 @@ def command(workdir, load, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(trained, "load", load)
 
-    def call(*arguments, out=tmp_path / "out", steps=2):
+    def call(*arguments, out=tmp_path / "out", steps=2, folder=workdir):
         values = flags.FlagValues()
         monkeypatch.setattr(flags, "FLAGS", values)
         for name in ("string", "multi_string", "list", "integer", "float", "bool", "enum"):
@@ -80,7 +86,7 @@ def command(workdir, load, tmp_path, monkeypatch, capsys):
             monkeypatch.setattr(flags, f"DEFINE_{name}", functools.partial(define, flag_values=values))
         sample.define_flags()
         try:
-            values(["sample", f"--workdir={workdir}", f"--out={out}", f"--steps={steps}", *arguments])
+            values(["sample", f"--workdir={folder}", f"--out={out}", f"--steps={steps}", *arguments])
             code = sample.main()
         except InputError as error:
             code = commandline.fail(str(error), 2)
@@ -149,6 +155,55 @@ def test_an_unreadable_reference_is_named_and_the_others_are_drawn(command, quic
     assert "[7] of float64; the model takes a vector of 16 numbers" in said and "without pickle" in said
 
 
+def test_a_picture_that_failed_is_nowhere_said_to_be_there(command, quick, photographs, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"none")
+    names = [tmp_path / "bad.png", tmp_path / "bad.png", photographs[0]]  # the same wish twice
+    code, said = command(
+        *(f"--reference={name}" for name in names),
+        "--prompt=a",
+        "--prompt=a",
+        "--prompt=b",
+        f"--init={tmp_path}/no.png",
+    )
+    assert code == 1 and f"init={tmp_path}/no.png: cannot be read" in said and "there already" not in said
+    assert not list((tmp_path / "out").glob("*.png")) and not (tmp_path / "out" / "samples.json").exists()
+    code, said = command(*(f"--reference={name}" for name in names), "--prompt=a", "--prompt=a", "--prompt=b")
+    assert code == 1 and said.count("bad.png") == 1 and [row["prompt"] for row in rows(tmp_path / "out")] == ["b"]
+    code, said = command(f"--init={tmp_path}/no.png")
+    assert code == 1 and f"Error: --init={tmp_path}/no.png: cannot be read" in said
+
+
+def test_each_condition_may_be_absent_and_unguided_nothing_is_evaluated_twice(
+    command, monkeypatch, photographs, tmp_path
+):
+    """SMP-05."""
+    terms, draw = [], trained._sample
+    monkeypatch.setattr(
+        trained, "_sample", lambda *a, **options: (terms.append(options["terms"]), draw(*a, **options))[1]
+    )
+    (tmp_path / "list.jsonl").write_text(
+        "".join(json.dumps(fields) + "\n" for fields in (
+            {"prompt": "a", "reference": str(photographs[0])}, {"prompt": "b"}, {"reference": str(photographs[0])}, {}
+        ))
+    )  # fmt: skip
+    for weight, wanted in (("1", {(2,)}), ("2", {(0, 2), (1, 2), (2,)})):
+        terms.clear()
+        code, said = command(
+            f"--prompts={tmp_path / 'list.jsonl'}", f"--guidance_text={weight}", f"--guidance_vision={weight}",
+            out=tmp_path / weight,
+        )  # fmt: skip
+        assert code == 0, said
+        found = rows(tmp_path / weight)
+        assert len(found) == 4 and set(terms) == wanted
+        assert len({pixels(tmp_path / weight / row["file"]).tobytes() for row in found}) == 4
+
+
+def test_a_size_on_the_grid_is_drawn_as_asked(command, quick, tmp_path):
+    """SMP-08."""
+    assert command("--prompt=a", "--size=832x1216")[0] == 0
+    assert pixels(tmp_path / "out" / "a-s0.png").shape == (1216, 832, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -162,7 +217,11 @@ def test_an_unreadable_reference_is_named_and_the_others_are_drawn(command, quic
         (["--prompt=a", "--guidance_text=1,2"], "add --grid"),
         (["--prompt=a", "--guidance_text=much"], "numbers with commas"),
         (["--prompt=a", "--guidance_interval=0.8,0.2"], "LOW <= HIGH"),
+        (["--prompt=a", "--guidance_text=nan"], "--guidance_text=nan: numbers are wanted"),
+        (["--prompt=a", "--guidance_vision=inf"], "--guidance_vision=inf: numbers are wanted"),
+        (["--prompt=a", "--shift=nan"], "--shift=nan"),
         (["--prompt=a", "--strength=0.5"], "needs a picture to start from"),
+        (["--prompt=a", "--init=x.png", "--strength=0"], "strength=0: from above 0"),
         (["--prompt=a", "--init=x.png", "--strength=1.5"], "strength=1.5"),
         (["--prompt=a", "--seed=-1"], "seeds go from 0"),
         (["--prompt=a", "--count=0"], "count=0"),
@@ -173,6 +232,76 @@ def test_wrong_calls_are_one_sentence_and_exit_code_2(command, tmp_path, argumen
     code, said = command(*arguments)
     assert code == 2 and words in said and said.count("Error") == 1
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def rewrite(path, change):
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def remove(run, name):
+    for path in run.glob(name):
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "arguments", "words"),
+    [
+        (lambda run: remove(run, "checkpoints/*/ema"), [], r"its averaged weights .* \(--raw\): 3"),
+        (lambda run: remove(run, "checkpoints/*/state"), ["--raw"], r"its raw weights .* \(without --raw\): 3"),
+        (lambda run: remove(run, "checkpoints/*"), [], "no checkpoint has been saved yet"),
+        (lambda run: (run / "config.json").unlink(), [], "config.json is missing, so this is not a working folder"),
+        (lambda run: (run / "dataset.json").write_text('{"a'), [], "cannot be read as JSON"),
+        (lambda run: rewrite(run / "config.json", lambda old: {}), [], "config.json: 'data' is missing"),
+        (
+            lambda run: rewrite(run / "config.json", lambda old: old | {"model": old["model"] | {"layers": 2}}),
+            [],
+            r"has shape \[1, .*asks for \[2, .*use the configuration that the run began with",
+        ),
+    ],
+)
+def test_a_working_folder_that_cannot_be_drawn_from_is_one_sentence(
+    command, workdir, tmp_path, spoil, arguments, words
+):
+    shutil.copytree(workdir, tmp_path / "run")
+    spoil(tmp_path / "run")
+    code, said = command("--prompt=a", *arguments, folder=tmp_path / "run")
+    assert code == 2 and re.search(words, said) and said.count("\n") == 1, said
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_of_a_step_that_is_half_written_the_one_before_is_drawn_and_said(command, quick, workdir, tmp_path, caplog):
+    shutil.copytree(workdir, tmp_path / "run")
+    saved = tmp_path / "run" / "checkpoints"
+    shutil.copytree(saved / "3", saved / "9.orbax-checkpoint-tmp")
+    with caplog.at_level(logging.WARNING):
+        assert command("--prompt=a", folder=tmp_path / "run")[0] == 0
+    assert "step 9 are not complete" in caplog.text and "step 3 is taken" in caplog.text
+    assert [row["step"] for row in rows(tmp_path / "out")] == ["3"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
+        code, said = command("--prompt=a", out=out)
+        assert code == 2 and f"Error: --out={out}: this folder cannot be made or written to (" in said
+
+
+def test_a_full_disk_keeps_what_is_made_and_the_same_command_draws_the_rest(command, quick, tmp_path):
+    (tmp_path / "list.jsonl").write_text(
+        '{"prompt": "small", "size": "16x16"}\n{"prompt": "large", "size": "256x256"}\n'
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a disk with that much room
+        code, said = command(f"--prompts={tmp_path / 'list.jsonl'}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 1 and "File too large; 1 of 2 pictures are there, and the same command draws the rest" in said
+    assert said.count("Error") == 1 and "Traceback" not in said
+    assert [row["prompt"] for row in rows(tmp_path / "out")] == ["small"]
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+    code, said = command(f"--prompts={tmp_path / 'list.jsonl'}")
+    assert code == 0 and "1 of 2 pictures are there already" in said and len(rows(tmp_path / "out")) == 2
 
 
 def test_a_picture_says_the_command_that_draws_it_again(command, photographs, tmp_path):
@@ -303,6 +432,41 @@ def test_ctrl_c_keeps_what_is_made_and_the_same_command_draws_the_rest(command, 
     code, said = command("--prompt=a cat", "--count=6", "--batch=2")
     assert code == 0 and "4 of 6 pictures are there already" in said and len(rows(tmp_path / "out")) == 6
     assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("where", ["trained.load", "conditions.encode"])
+def test_ctrl_c_before_the_first_picture_is_a_stop_too(command, monkeypatch, where):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    module, name = where.split(".")
+    monkeypatch.setattr(getattr(sample, module), name, interrupted)
+    code, said = command("--prompt=a cat")
+    assert code == 3 and "the same command draws" in said and "Traceback" not in said
+
+
+def test_sigterm_stops_like_ctrl_c(workdir, tmp_path):
+    words = [
+        sys.executable,
+        "-m",
+        "jaxdit.sample",
+        f"--workdir={workdir}",
+        f"--out={tmp_path}",
+        "--cache=",
+        "--steps=1",
+    ]
+    process = subprocess.Popen(
+        [*words, "--prompt=a cat", "--count=10000", "--batch=1"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while process.poll() is None and not list(tmp_path.glob("a-cat*.png")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    made = sorted(path.name for path in tmp_path.glob("a-cat*.png"))
+    assert process.returncode == 3, said
+    assert f"Stopped: {len(made)} of 10000 pictures are in {tmp_path}; the same command draws the rest." in said
+    assert sorted(row["file"] for row in rows(tmp_path)) == made and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_init_stays_the_nearer_the_smaller_its_strength(command, photographs, tmp_path):
