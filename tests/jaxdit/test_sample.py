@@ -359,12 +359,16 @@ def test_the_same_seed_and_prompt_give_the_same_picture_in_any_company(command, 
 
 
 def test_the_same_picture_on_eight_devices(command, workdir, tmp_path):
-    names = [f"--prompt=picture {number}" for number in range(3)]
-    assert command(*names)[0] == 0
+    lines = [{"prompt": f"picture {number}"} for number in range(3)] + [{"prompt": "alone", "size": "64x64"}]
+    for name, wanted in (("one", [*lines, {"prompt": "its company", "size": "64x64"}]), ("eight", lines)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in wanted))
+    assert command(f"--prompts={tmp_path / 'one.jsonl'}")[0] == 0
     words = [sys.executable, "-m", "jaxdit.sample", f"--workdir={workdir}", f"--out={tmp_path / 'eight'}", "--steps=2"]
     environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"}
-    done = subprocess.run([*words, *names], cwd=ROOT, capture_output=True, text=True, env=environment)
+    words += ["--cache=", f"--prompts={tmp_path / 'eight.jsonl'}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    assert len(rows(tmp_path / "eight")) == 4
     for row in rows(tmp_path / "eight"):
         apart = pixels(tmp_path / "eight" / row["file"]) - pixels(tmp_path / "out" / row["file"])
         assert np.abs(apart).max() <= 1
