@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxdit import judge, likeness, page
 
-SHOWN = 4  # images of a check
+OVERVIEW, SHOWN = 6, 4  # images of all checks together, and of each
 
 
 def write(
@@ -25,7 +25,7 @@ def write(
     """OUT/gate.html of what gate.json holds; without pictures where nothing could be drawn."""
     body = head(result)
     if drawn is not None:
-        body += table(result) + strips(examples, asked, drawn, ratios, nexts)
+        body += table(result) + overview(examples, asked, drawn) + strips(examples, asked, drawn, ratios, nexts)
     body += page.fold("How it was judged", _how(result))
     (out / "gate.html").write_text(page.page("The gate", body), encoding="utf-8")
 
@@ -85,6 +85,27 @@ def table(result: Mapping[str, Any]) -> str:
         + page.table(["size of the effect", "averaged weights", "raw weights", "shuffled controls stay below"], effects)
         + note
     )
+
+
+def overview(examples: Sequence[judge.Example], asked: judge.Questions, drawn: Mapping[str, judge.Drawn]) -> str:
+    """A few images, spread evenly, and everything that was drawn of each."""
+    places = sorted({round(k * (len(examples) - 1) / (OVERVIEW - 1)) for k in range(OVERVIEW)})
+    rows = [
+        page.strip(
+            examples[i].record["caption"].decode(),
+            [
+                ("the image", examples[i].pixels),
+                ("caption and vector", drawn["own"].pixels[i]),
+                ("caption alone", drawn["text_only"].pixels[i]),
+                ("another image", examples[asked.pairs[i]].pixels),
+                ("caption in its light", drawn["vision"].pixels[i]),
+                ("asked for by the exchanged caption", asked.goals[i]),
+                ("exchanged caption", drawn["text"].pixels[i]),
+            ],
+        )
+        for i in places
+    ]
+    return f"<h3>A few images, and all that was drawn</h3>{''.join(rows)}"
 
 
 def strips(examples, asked, drawn, ratios, nexts) -> str:
