@@ -420,6 +420,27 @@ def test_out_of_memory_means_smaller_batches_and_then_one_condition_at_a_time(
         assert np.abs(pixels(tmp_path / "small" / row["file"]) - pixels(tmp_path / "out" / row["file"])).max() <= 1
 
 
+def test_a_picture_larger_than_a_batch_has_its_conditions_evaluated_one_after_the_other(
+    command, quick, monkeypatch, photographs
+):
+    calls, generate = [], trained.generate
+
+    def seen(*arguments, together, **options):
+        calls.append((len(arguments[3]), together))
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(trained, "generate", seen)
+    arguments = ["--prompt=a cat", "--count=3", f"--reference={photographs[0]}", "--size=64x64"]
+    for room, wanted in (
+        (100, [(2, True)] * 2),
+        (40, [(2, False)] * 2),
+        (10, [(1, False)] * 3),
+    ):  # of 16 tokens, three times
+        calls.clear()
+        monkeypatch.setattr(drawing, "TOKENS", {"cpu": room, "gpu": room})
+        assert command(*arguments, f"--seed={room}")[0] == 0 and calls == wanted
+
+
 def test_ctrl_c_keeps_what_is_made_and_the_same_command_draws_the_rest(command, quick, monkeypatch, tmp_path):
     calls, generate = [], trained.generate
 
