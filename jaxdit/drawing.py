@@ -12,11 +12,11 @@ import numpy as np
 from jaxdit import sampler, trained
 from jaxdit.wishes import Wish
 
-# Image tokens that one device is given at once, those of guidance's other conditions included. On two cores the nano
-# model moves 1.60, 1.67, 1.63 and 1.48 pictures of 256 pixels by a guided step in a second of processor time with 768, 1,536,
-# 2,304 and 6,144 tokens: a processor gains nothing from more, and takes 20 KB a token (the full model 55 to 130), at 1024 pixels
-# ten times that for attention's scores; too much is not refused there, it ends the process. The number for a card is chosen, not measured: a
-# model as wide as ours is at its peak with some thousand rows a product, and where it does not fit, halves are tried.
+# Image tokens that one device is given at once, those of guidance's other conditions included. On two cores the nano model moves
+# 1.60, 1.67, 1.63 and 1.48 pictures of 256 pixels by a guided step in a second of processor time with 768, 1,536, 2,304 and
+# 6,144 tokens: a processor gains nothing from more, and takes 20 KB a token (the full model 55 to 130), at 1024 pixels ten times
+# that for attention's scores; too much is not refused there, it ends the process. The number for a card is chosen, not
+# measured: a model as wide as ours is at its peak with some thousand rows a product, and where it does not fit, halves are tried.
 TOKENS = {"cpu": 2048, "gpu": 32768}
 
 
