@@ -126,7 +126,7 @@ class Previews:
         run = trained.Trained(config, self._info, self._graph, ema, step)
         weights = {"text": config.sample.text_guidance, "vision": config.sample.vision_guidance}
         # Guidance makes up to three samples of a picture: together not more than a micro-batch, which is known to fit.
-        most = max(1, config.train.micro_batch // len(sampler.guidance_terms(**weights)))
+        most = max(1, config.train.micro_batch // len(sampler.needed_terms(sampler.guidance_weights(**weights))))
         latents = {}
         for bucket in sorted(set(self._fixed.buckets)):
             width, height = map(int, bucket.split("x"))

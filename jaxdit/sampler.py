@@ -68,12 +68,6 @@ def needed_terms(weights: np.ndarray) -> tuple[int, ...]:
     return tuple(int(place) for place in np.flatnonzero(np.any(weights != 0, axis=1)))
 
 
-def guidance_terms(text: float, vision: float) -> list[tuple[float, bool, bool]]:
-    """[(weight, drop_text, drop_vision)]: the one to three evaluations that guidance needs; the weights sum to 1."""
-    weights = guidance_weights(text, vision)
-    return [(float(weights[place, 0]), *TERMS[place]) for place in needed_terms(weights)]
-
-
 def initial_noise(seeds: jax.Array, positions: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """[batch, *shape] standard normal; each picture's depends on its own seed and position alone, not on its batch."""
 

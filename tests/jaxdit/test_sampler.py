@@ -112,7 +112,7 @@ def test_guidance_by_hand_with_no_needless_evaluation(text, vision, want, evalua
     )  # fmt: skip
     np.testing.assert_allclose(got, want)
     assert counted == ([2 * evaluations] if together else [2] * evaluations)
-    assert len(sampler.guidance_terms(text, vision)) == evaluations
+    assert len(sampler.needed_terms(sampler.guidance_weights(text, vision))) == evaluations
 
 
 def test_samples_of_one_batch_have_weights_of_their_own():
