@@ -285,8 +285,11 @@ def _family(process: int) -> Iterator[Path]:
     """/proc/PID of a process and all below it."""
     yield Path(f"/proc/{process}")
     for task in Path(f"/proc/{process}/task").iterdir():
-        for below in (task / "children").read_text().split():
-            yield from _family(int(below))
+        below = []
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            below = (task / "children").read_text().split()
+        for one in map(int, below):
+            yield from _family(one)
 
 
 def _memory(process: int) -> int:

@@ -23,7 +23,7 @@ from encode import records
 
 TEXT_MULTIPLE = 64
 # Threads that read records, kept for good: array_record, asked for a batch, starts one a shard every time, and their fresh memory
-# cost a third of all processor time at 1024 and 240 MB at 256 (bench/results/loader-*.json, "ours before").
+# cost a quarter of the processor time at 1024 and 190 MB at 256 (bench/results/loader-*.json, "ours before").
 READERS = 4
 
 
