@@ -83,11 +83,21 @@ def forward_flops(settings: Mapping[str, Any], latent_shape: Sequence[int], text
 
 
 def block_flops(settings: Mapping[str, Any], latent_shape: Sequence[int], text_length: int) -> float:
-    """The part of `forward_flops` within the blocks, which remat="block" computes twice."""
+    """The part of `forward_flops` within the blocks."""
+    return dense_flops(settings, latent_shape, text_length) + 2 * score_flops(settings, latent_shape, text_length)
+
+
+def dense_flops(settings: Mapping[str, Any], latent_shape: Sequence[int], text_length: int) -> float:
+    """The part of `block_flops` in dense layers, which remat="block" computes twice."""
     n, d = tokens(settings, latent_shape), settings["width"]
-    projections = 2 * d * d * (6 + 4 * n + 2 * n + 2 * text_length + 8 * n)  # modulation, self, cross, text, MLP
-    attention = 2 * 2 * n * d * (n + text_length)  # scores and sums over values
-    return float(settings["layers"] * (projections + attention))
+    modulation, own, cross, text, mlp = 6, 4 * n, 2 * n, 2 * text_length, 8 * n
+    return float(settings["layers"] * 2 * d * d * (modulation + own + cross + text + mlp))
+
+
+def score_flops(settings: Mapping[str, Any], latent_shape: Sequence[int], text_length: int) -> float:
+    """Operations of all blocks' attention scores, as many as of the sums over values; every backward pass repeats them."""
+    n, d = tokens(settings, latent_shape), settings["width"]
+    return float(settings["layers"] * 2 * n * d * (n + text_length))
 
 
 def training_flops(settings: Mapping[str, Any], latent_shape: Sequence[int], text_length: int) -> float:
@@ -96,8 +106,10 @@ def training_flops(settings: Mapping[str, Any], latent_shape: Sequence[int], tex
 
 
 def hardware_flops(settings: Mapping[str, Any], latent_shape: Sequence[int], text_length: int, *, remat: str) -> float:
-    """`training_flops` and what remat computes again."""
-    again = block_flops(settings, latent_shape, text_length) if remat == "block" else 0.0
+    """`training_flops` and what is computed again: scores by every kernel of attention, dense layers by remat."""
+    again = score_flops(settings, latent_shape, text_length)
+    if remat == "block":
+        again += dense_flops(settings, latent_shape, text_length)
     return training_flops(settings, latent_shape, text_length) + again
 
 
@@ -106,12 +118,11 @@ def images_per_second(hardware: float, peak: float, utilisation: float = UTILISA
     return peak * utilisation / hardware
 
 
-# How much lives beside what is kept, in parts of one layer, fitted to compiled.memory_analysis() of the trainer's own step on
-# XLA's CPU backend in float32: 13 shapes of 2-12 layers, width 64-512, 64-1,024 tokens, micro-batches of 1-8, each with and
-# without remat, all within 14% (tests/jaxdit/test_estimate.py holds two of them). bfloat16 is scaled by its size, as XLA's CPU
-# backend computes in float32 there; and XLA fuses more for a GPU, which should need rather less.
-WORKING = {"none": 0.55, "block": 1.0}  # of one layer's activations, while it is differentiated
-LAYER_WEIGHTS = 1.0  # of one layer's weights: its gradients before they are stacked
+# How much lives beside what is kept, fitted to compiled.memory_analysis() of the trainer's own step on XLA's CPU backend in
+# float32: 9 shapes of 2-12 layers, width 64-512, 64-1,024 tokens, micro-batches of 1-8, each with and without remat, all within
+# 10% (tests/jaxdit/test_estimate.py holds two of them). bfloat16 is scaled by its size, as XLA's CPU backend computes in
+# float32 there; and XLA fuses more for a GPU, which should need rather less.
+LAYER_WEIGHTS = 0.5  # of one layer's weights: its gradients before they are stacked
 UPDATE_COPIES = 2.5  # of the parameters: the clipped gradients, the changes, new moments not yet written back
 
 
@@ -130,7 +141,7 @@ def memory(
     free is counted among the gradients.
 
     Args:
-      settings: of the model; its dtype and its attention ("cudnn" keeps no scores, "xla" does) decide.
+      settings: of the model.
       parameters: how many the model has.
       micro_batch: images of a micro-batch on this device.
       latent_shape: [height, width, channels].
@@ -179,11 +190,11 @@ def activation_bytes(
     settings: Mapping[str, Any], micro_batch: int, latent_shape: Sequence[int], text_length: int, *, remat: str
 ) -> int:
     """Bytes of a micro-batch's forward and backward pass beside parameters and their gradients."""
-    layer = kept_in_layer(settings, micro_batch, latent_shape, text_length, remat="none")
-    kept = settings["layers"] * kept_in_layer(settings, micro_batch, latent_shape, text_length, remat=remat)
+    kept = kept_in_layer(settings, micro_batch, latent_shape, text_length, remat=remat)
+    at_work = micro_batch * _in_layer(settings, latent_shape, text_length)
     weights = LAYER_WEIGHTS * FLOAT32 * KERNELS * settings["width"] ** 2
     outside = micro_batch * _outside(settings, latent_shape, text_length)
-    return round(kept + WORKING[remat] * layer + weights + outside)
+    return round((settings["layers"] - 1) * kept + at_work + weights + outside)
 
 
 KERNELS = 22  # d^2 a layer: modulation 6, self-attention 4, cross-attention 4, MLP 8
@@ -194,22 +205,23 @@ def kept_in_layer(
 ) -> int:
     """Bytes that one layer keeps for the backward pass, exactly as JAX differentiates `model.Block`.
 
-    With remat="block" that is the layer's input. Without it, every input of a nonlinear operation: norms, rotations and
-    softmax in float32, the rest in the dtype of the products.
+    The layer's input and both attentions' outputs with the logarithms of their sums; without remat the dense layers' results.
     """
     b, n, l = micro_batch, tokens(settings, latent_shape), text_length
     d, k = settings["width"], settings["heads"]
     item = FLOAT32 if settings["dtype"] == "float32" else 2
-    if remat == "block":
-        return b * n * d * item
-    cudnn = settings["attention"] == "cudnn"  # keeps no scores
+    dense = (
+        0 if remat == "block" else 11 * n * d + 2 * l * d + 6 * d
+    )  # 4 of self, 2 of cross, 5 of the MLP; text; modulation
+    return b * (item * (3 * n * d + dense) + 2 * FLOAT32 * n * k)
+
+
+def _in_layer(settings, latent_shape, text_length) -> int:
+    """Bytes an image of all that one layer computes, alive while it is differentiated: norms and rotations are float32."""
+    n, l, d, k = tokens(settings, latent_shape), text_length, settings["width"], settings["heads"]
+    item = FLOAT32 if settings["dtype"] == "float32" else 2
     wide = (18 * FLOAT32 + (11 + 24) * item) * n * d + (3 * FLOAT32 + 2 * item) * l * d  # 24: the MLP, 4 d wide
-    wide += (2 * FLOAT32 + 2 * item) * d  # shifts, scales and gates
-    thin = 6 * FLOAT32 * n + (6 * n + 2 * l) * FLOAT32 * k  # one over the root mean square, of tokens and of heads
-    flash = 2 * item * n * d + 2 * FLOAT32 * n * k  # both outputs, and the logarithms of their sums
-    plain = (FLOAT32 + item) * k * n * (n + l) + 4 * FLOAT32 * n * k  # scores as well
-    casts = 0 if item == FLOAT32 else item * KERNELS * d * d  # of all weights to the dtype of the products
-    return b * (wide + thin + (flash if cudnn else plain)) + casts + FLOAT32 * d + 4 * FLOAT32 * (d // k)
+    return wide + FLOAT32 * (6 * n + (8 * n + 2 * l) * k)  # thin: one over the root mean square, of tokens and of heads
 
 
 def _outside(settings, latent_shape, text_length) -> int:

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from jaxdit import attention
 
 TIME_FREQUENCIES = 256
 POSITION_RANGE = 64.0  # a square picture spans this many units of position at every resolution
@@ -28,7 +31,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., d] times kernel [d, e] -> [..., e], for the CPU: the gradient to the kernel as a plain 2-D product.
 
     XLA's own contracts [b, n, d] with [b, n, e] over both leading axes, which its fast matrix product does not take: 110
-    against 195 GFLOP/s on two cores. The barrier keeps the transpose from being folded into the product again.
+    against 195 GFLOP/s on two cores. The barrier keeps the transpose, of the narrower side, from being folded in again.
     """
     return x @ kernel
 
@@ -39,8 +42,12 @@ def _product_forward(x, kernel):
 
 def _product_backward(kept, gradient):
     x, kernel = kept
-    flipped = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-    return gradient @ kernel.T, flipped @ gradient.reshape(-1, gradient.shape[-1])
+    rows, flat = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    if rows.shape[1] <= flat.shape[1]:
+        to_kernel = jax.lax.optimization_barrier(rows.T) @ flat
+    else:
+        to_kernel = (jax.lax.optimization_barrier(flat.T) @ rows).T
+    return gradient @ kernel.T, to_kernel
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -126,19 +133,6 @@ def unpatchify(x: jax.Array, height: int, width: int, patch: int) -> jax.Array:
     return x.reshape(b, height, width, -1)
 
 
-def even_lengths(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None):
-    """q, k, v [b, n, heads, head_size] with one token more where n is odd, and the lengths that leave it out.
-
-    cuDNN's backward pass takes no odd lengths (jax 0.10.2), and 208x304 pixels are 13 x 19 tokens.
-    """
-    odd_q, odd_k = q.shape[1] % 2, k.shape[1] % 2
-    if odd_k and lengths is None:
-        lengths = jnp.full(k.shape[:1], k.shape[1], jnp.int32)
-    q = jnp.pad(q, ((0, 0), (0, odd_q), (0, 0), (0, 0)))
-    k, v = (jnp.pad(part, ((0, 0), (0, odd_k), (0, 0), (0, 0))) for part in (k, v))
-    return q, k, v, lengths
-
-
 class Attention(nnx.Module):
     """Multi-head attention with RMS-normalised queries and keys; keys and values from `context` (x itself, or text)."""
 
@@ -161,10 +155,7 @@ class Attention(nnx.Module):
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = (part.astype(self.dtype) for part in (q, k, v))  # cuDNN wants one dtype; softmax is float32 within
-        if self.implementation == "cudnn":
-            q, k, v, lengths = even_lengths(q, k, v, lengths)
-        out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=self.implementation)
-        return self.out(out[:, : x.shape[1]].reshape(x.shape))
+        return self.out(attention.attend(q, k, v, lengths, self.implementation).reshape(x.shape))
 
 
 class Block(nnx.Module):
@@ -197,7 +188,8 @@ class DiT(nnx.Module):
       channels: of the latent.
       text_width, vision_width: of the conditions, from dataset.json.
       dtype: of the products, "bfloat16" or "float32".
-      remat: "none" keeps a block's activations for the backward pass, "block" computes them again.
+      remat: "none" keeps the results of dense layers and of attention for the backward pass and computes norms, rotations
+        and activations again; "block" keeps the block's input and attention's results.
       scan_unroll: layers a turn of the scan.
       attention: "cudnn" or "xla", see `mesh.attention_implementation`.
       rngs: for the initial parameters; none is kept.
@@ -270,8 +262,7 @@ class DiT(nnx.Module):
         def layer(h, params):
             return nnx.merge(graph, params)(h, condition, text, lengths, angles), None
 
-        if self.remat == "block":
-            layer = jax.checkpoint(layer, prevent_cse=False)
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=partial(_kept, self.remat))
         h = self.patch_in(patchify(x, self.patch).astype(self.dtype))
         h = h + position_embedding(*grid, h.shape[-1]).astype(self.dtype)
         h, _ = jax.lax.scan(layer, h, stacked, unroll=self.scan_unroll)
@@ -290,6 +281,18 @@ class DiT(nnx.Module):
         text = jnp.where(drop_text[:, None, None], self.null_text[...], widen(text)).astype(self.dtype)
         text = self.text_norm(self.text_in(text)).astype(self.dtype)
         return text, jnp.where(drop_text, 1, lengths)
+
+
+def _kept(remat: str, primitive, *inputs, **parameters) -> bool:
+    """Whether the backward pass is given what this operation computes in the forward pass (else it computes it again).
+
+    Results of attention and, without remat, those of the dense layers.
+    """
+    if attention.is_result(primitive, parameters):
+        return True
+    return remat == "none" and jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
+        primitive, *inputs, **parameters
+    )
 
 
 def abstract(settings: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -82,8 +82,7 @@ def test_training_operations_are_those_of_the_traced_update(remat):
     counted = product_flops(jax.make_jaxpr(step)(*shapes).jaxpr)
     by_hand = 3 * estimate.hardware_flops(settings, (16, 24, 16), 40, remat=remat)
     assert counted == pytest.approx(by_hand, rel=0.01)  # the first layer's gradient to its input is not needed
-    if remat == "none":
-        assert by_hand == 3 * estimate.training_flops(settings, (16, 24, 16), 40)
+    assert by_hand > 3 * estimate.training_flops(settings, (16, 24, 16), 40)
 
 
 def test_operations_agree_with_those_of_the_compiled_program():
@@ -99,6 +98,7 @@ KINDS = [
     ("bfloat16", "none", "xla"),
     ("bfloat16", "none", "cudnn"),
     ("bfloat16", "block", "cudnn"),
+    ("float32", "block", "xla"),
 ]
 
 
@@ -110,7 +110,8 @@ def test_what_a_layer_keeps_is_exact(monkeypatch, dtype, remat, attention):
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
     settings = SETTINGS | {"dtype": dtype, "remat": remat, "attention": attention, "layers": 3, "width": 192}
     step, shapes = arguments(settings, 5, (22, 28, 16), 12)
-    scan = next(e for e, _ in equations(jax.make_jaxpr(step)(*shapes).jaxpr) if e.primitive.name == "scan")
+    traced = jax.make_jaxpr(step)(*shapes).jaxpr
+    scan = next(e for e, _ in equations(traced) if e.primitive.name == "scan" and e.params["length"] == 3)
     kept = [out.aval for out in scan.outvars[scan.params["num_carry"] :]]
     by_hand = 3 * estimate.kept_in_layer(settings, 5, (22, 28, 16), 12, remat=remat)
     assert sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in kept) == by_hand

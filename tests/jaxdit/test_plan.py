@@ -113,7 +113,7 @@ def test_days_and_energy_follow_from_the_operations():
     seconds = sum(
         bucket.images
         / 100_000
-        * (estimate.training_flops(settings, bucket.latent, bucket.text) * (4 / 3))
+        * estimate.hardware_flops(settings, bucket.latent, bucket.text, remat="block")
         / (165.2e12 * estimate.UTILISATION)
         for bucket in given.buckets
     )

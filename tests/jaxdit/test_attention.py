@@ -1,0 +1,63 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdit import attention
+
+
+def tokens(n, m, dtype="float32", heads=3):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [
+        jax.random.normal(key, (2, size, heads, 8)).astype(dtype) * factor
+        for key, size, factor in zip(keys, (n, m, m, n), (3, 3, 1, 1))
+    ]
+
+
+def both_passes(attend, q, k, v, gradient):
+    out, back = jax.vjp(attend, q, k, v)
+    return [out, *back(gradient)]
+
+
+@pytest.mark.parametrize("at_once", [1, 2**18, 4 * 5 * 7])  # one head, all, four and the last two
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_and_gradients_are_those_of_plain_attention(monkeypatch, at_once, masked, dtype):
+    monkeypatch.setitem(attention.SCORES_AT_ONCE, "cpu", at_once)
+    lengths = jnp.array([7, 3]) if masked else None
+    given = tokens(5, 7, dtype)
+
+    def plain(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="xla")
+
+    ours = jax.jit(lambda *given: both_passes(lambda q, k, v: attention.attend(q, k, v, lengths, "xla"), *given))(
+        *given
+    )
+    exact = both_passes(plain, *(part.astype(jnp.float32) for part in given))
+    for got, want in zip(ours, exact, strict=True):
+        assert got.dtype == dtype
+        error = np.abs(np.asarray(got, np.float32) - want).max() / np.abs(want).max()
+        assert error < (1e-6 if dtype == "float32" else 2e-2)
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v, gradient = tokens(5, 7)
+    for part in both_passes(lambda q, k, v: attention.attend(q, k, v, None, "xla"), 1e3 * q, 1e3 * k, v, gradient):
+        assert jnp.isfinite(part).all()
+
+
+@pytest.mark.parametrize(("n", "m", "masked"), [(13, 13, False), (6, 7, True), (7, 6, True), (6, 6, False)])
+def test_a_token_that_makes_a_length_even_changes_nothing(n, m, masked):
+    q, k, v, gradient = tokens(n, m)
+    lengths = jnp.array([m, 3]) if masked else None
+
+    def attend(q, k, v, even):
+        rest = attention.even_lengths(q, k, v, lengths) if even else (q, k, v, lengths)
+        assert not even or (rest[0].shape[1] % 2 == rest[1].shape[1] % 2 == rest[2].shape[1] % 2 == 0)
+        return jax.nn.dot_product_attention(*rest[:3], key_value_seq_lengths=rest[3])[:, :n]
+
+    with_one, without = (both_passes(partial(attend, even=even), q, k, v, gradient) for even in (True, False))
+    for ours, theirs in zip(with_one, without, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
