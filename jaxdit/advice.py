@@ -45,7 +45,7 @@ def words(
         found.append((VECTOR_UNHEARD if light else COLOURS_ALONE).format(**flow, **config["data"]))
     elif light or seen:
         found.append(CONFUSED)
-    elif kept:
+    elif kept and not alone:
         found.append(f"Another image's vector brings its composition along. {VECTOR_OVERPOWERS}")
     if not kept and leaks["composition_by_vector"] > LEANS:
         words = f"Another image's vector takes the composition {leaks['composition_by_vector']:.0%} of the way along."

@@ -18,6 +18,7 @@ from encode.records import InputError
 from jaxdit import checkpoint
 
 ENCODERS = ("vae", "text", "vision")
+MODEL_CODE = ("model.py", "attention.py", "flow.py")
 SKIP, NEEDED, NONE = "skip", "needed", "none"
 
 
@@ -60,9 +61,9 @@ def look(config: Any, dataset: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_code() -> str:
-    """A hash of the syntax of model.py and flow.py: comments and layout do not count, everything else does."""
+    """A hash of the syntax of model.py, attention.py and flow.py: comments and layout do not count, everything else does."""
     here = Path(__file__).parent
-    trees = [ast.dump(_without_docstrings(ast.parse((here / name).read_text()))) for name in ("model.py", "flow.py")]
+    trees = [ast.dump(_without_docstrings(ast.parse((here / name).read_text()))) for name in MODEL_CODE]
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:16]
 
 
@@ -119,7 +120,7 @@ def check_gate(wanted: str, dataset: Mapping[str, Any]) -> tuple[dict[str, Any] 
         )
     if gate.get("model_code") != model_code():
         raise InputError(
-            f"train.gate={path}: model.py or flow.py is not the code that passed (hash {gate.get('model_code')}, now "
+            f"train.gate={path}: model.py, attention.py or flow.py is not the code that passed (hash {gate.get('model_code')}, now "
             f"{model_code()}); run nano and the gate again."
         )
     theirs, ours = gate.get("encoders") or {}, json.loads(json.dumps(encoders(dataset)))

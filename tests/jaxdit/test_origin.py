@@ -102,7 +102,7 @@ def test_what_is_no_gate_is_refused_by_name(tmp_path, gate):
 
 def test_the_hash_sees_formulas_and_nothing_else(tmp_path, monkeypatch):
     here = Path(origin.__file__).parent
-    for name in ("model.py", "flow.py"):
+    for name in origin.MODEL_CODE:
         shutil.copy(here / name, tmp_path / name)
     monkeypatch.setattr(origin, "__file__", str(tmp_path / "origin.py"))
     before = origin.model_code()
