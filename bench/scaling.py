@@ -32,7 +32,7 @@ from encode import commandline, records
 BUCKETS, SHARD, MICRO_BATCH, PASSES = 10, 1000, 8, 50
 WIDTHS = {"latent": 16, "text": 12, "vision": 6}
 BASE = {"tokens": 64, "batch": 8, "layers": 4, "buckets": 1}
-AXES = {"tokens": (16, 64, 256, 1024), "batch": (1, 4, 8, 16), "layers": (2, 4, 8, 16), "buckets": (1, 2, 4)}
+AXES = {"tokens": (16, 64, 256, 1024), "batch": (1, 8, 16), "layers": (2, 4, 8), "buckets": (1, 2, 4)}
 MODEL = {"width": 256, "heads": 4, "patch": 2, "dtype": "float32", "remat": "none", "scan_unroll": 1}
 TEXT, TEXT_WIDTH, VISION_WIDTH = 64, 1024, 1024
 MB = 1e6
