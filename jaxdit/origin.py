@@ -120,7 +120,7 @@ def check_gate(wanted: str, dataset: Mapping[str, Any]) -> tuple[dict[str, Any] 
         )
     if gate.get("model_code") != model_code():
         raise InputError(
-            f"train.gate={path}: model.py, attention.py or flow.py is not the code that passed (hash {gate.get('model_code')}, now "
+            f"train.gate={path}: {', '.join(MODEL_CODE)} are not the code that passed (hash {gate.get('model_code')}, now "
             f"{model_code()}); run nano and the gate again."
         )
     theirs, ours = gate.get("encoders") or {}, json.loads(json.dumps(encoders(dataset)))
