@@ -113,9 +113,7 @@ def test_one_that_does_not_hear_the_vector_fails_at_the_light_alone():
 
     failed, *_ = judged(examples(), painter)
     assert failed == LIGHT
-    assert "do not follow the vector" in words(examples(), painter) and "vision_in" in words(
-        examples(), painter
-    )
+    assert "do not follow the vector" in words(examples(), painter) and "vision_in" in words(examples(), painter)
 
 
 def test_one_that_does_not_hear_the_caption_fails_at_the_text():
