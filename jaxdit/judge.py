@@ -49,6 +49,9 @@ WORDS = {
     "composition_by_caption": "how far composition moves to that of the exchanged caption",
     "conditioning": "projections of the conditions that have not moved, or have no gradient",
 }
+SMALLEST_EFFECT = (
+    0.1  # share of the way: a model trained with shuffled vectors moved by 0.007, with an interval above 0
+)
 FEWEST = 10  # images, or pairs, that a share is worth something of
 FEWEST_SIDES = 20  # captions that name a side; with fewer, whole captions are exchanged
 NOTICEABLE = 0.02  # difference of light that a person sees, in OKLab (Ottosson 2020)
@@ -245,10 +248,11 @@ def checks(numbers: Mapping[str, Any], dead: Sequence[str] | None, rule: str, *,
         if rule == GENERATED and name not in ("light_by_vector", "composition_by_caption"):
             continue
         effect = numbers.get("effects", {}).get(name)
-        passed, needed = effect is not None and effect["low"] > 0, "interval above 0"
+        needed = f"interval above 0, mean at least {SMALLEST_EFFECT:g}"
+        passed = effect is not None and effect["low"] > 0 and effect["mean"] >= SMALLEST_EFFECT
         if rule == OWN:
             beyond = passed and effect["control"] is not None and effect["mean"] > effect["control"]
-            passed, needed = beyond, needed + ", mean above the controls"
+            passed, needed = beyond, needed + " and above the controls"
         found[name] = {"value": effect, "needed": needed, "passed": bool(passed)}
     if not encoder:
         found = {name: check for name, check in found.items() if name not in ("vision_encoder", "encoder_by_vector")}

@@ -199,7 +199,9 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
         "images": len(examples),
         "exchange": asked.by if asked else "",
     }
-    record = describe(averaged, dataset, examples) | {"thresholds": judge.THRESHOLDS}
+    record = describe(averaged, dataset, examples) | {
+        "thresholds": judge.THRESHOLDS | {"smallest_effect": judge.SMALLEST_EFFECT}
+    }
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if reason := judge.cannot(examples, asked):

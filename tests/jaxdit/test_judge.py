@@ -187,6 +187,15 @@ def test_a_weak_effect_fails_on_generated_photographs_and_passes_on_a_person_s_o
     assert 0.2 < numbers["effects"]["light_by_vector"]["mean"] < 0.4
 
 
+def test_an_effect_that_is_sure_but_next_to_nothing_passes_nowhere():
+    def painter(n, mirrored, tint, own_tint):
+        return perfect(n, mirrored, 0.95 * colour(n) + 0.05 * tint, own_tint)
+
+    for rule in (judge.GENERATED, judge.OWN):
+        failed, numbers, _ = judged(examples(), painter, rule)
+        assert numbers["effects"]["light_by_vector"]["low"] > 0 and "light_by_vector" in failed
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_chance_passes_no_exchange_of_a_person_s_own_photographs(seed):
     rng = np.random.default_rng(seed)

@@ -42,7 +42,7 @@ def test_a_trained_model_passes_and_the_record_holds_everything(passed, photogra
     workdir, result = passed
     assert result["verdict"] == "pass", (result["failed"], result["averaged"])
     assert result == json.loads((workdir / "gate" / "gate.json").read_text())
-    assert result["rule"] == judge.GENERATED and result["thresholds"] == judge.THRESHOLDS
+    assert result["rule"] == judge.GENERATED and result["thresholds"] == judge.THRESHOLDS | {"smallest_effect": 0.1}
     assert set(result["checks"]) == {*judge.THRESHOLDS, "light_by_vector", "composition_by_caption", "conditioning"}
     assert result["weights"]["averaged"] != result["weights"]["raw"]
     assert len(result["examples"]) == 24
