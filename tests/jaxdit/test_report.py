@@ -1,3 +1,5 @@
+import base64
+
 """The page about a run: right numbers, safe, one small file, quick, and nothing in the folder can make it fail."""
 
 import json
@@ -385,11 +387,14 @@ def test_the_gate_is_taken_in_and_a_large_one_is_led_to(tmp_path):
     assert 'href="../run/gate/gate.html"' in html and '<p class="verdict pass">pass</p>' in html and len(html) < 30_000
 
 
-def test_large_pictures_are_made_small_and_small_ones_stay_exact():
+def test_large_pictures_are_made_small_and_small_files_stay_exact(tmp_path):
     large = page.picture(np.zeros((900, 700, 3), np.uint8))
     assert large.startswith("data:image/jpeg") and len(large) < 6_000
     exact = np.random.default_rng(0).integers(0, 255, (128, 128, 3), np.uint8)
-    assert page.picture(exact).startswith("data:image/png")
+    Image.fromarray(exact).save(tmp_path / "a.png")
+    file = (tmp_path / "a.png").read_bytes()
+    assert page.picture(file) == "data:image/png;base64," + base64.b64encode(file).decode()
+    assert len(page.picture(exact)) < len(page.picture(file)) / 2  # of many pictures on a page: a JPEG
 
 
 def test_the_command_writes_the_page_with_samples_and_the_encoded_data(tmp_path):
