@@ -1,7 +1,6 @@
-import base64
-
 """The page about a run: right numbers, safe, one small file, quick, and nothing in the folder can make it fail."""
 
+import base64
 import json
 import os
 import re
