@@ -82,7 +82,8 @@ def _backward(kept, gradient):
     def one(q, k, v, length, gradient, logarithm, dot):  # scores transposed, [m, n]: what most products need
         weights = jnp.exp(_valid(_float32_product(k, q.T), length, 0) - logarithm)
         to_scores = (weights * (_float32_product(v, gradient.T) - dot)).astype(q.dtype)
-        return (k.T @ to_scores).T, to_scores @ q, weights.astype(v.dtype) @ gradient
+        to_q = jax.lax.optimization_barrier(k.T @ to_scores).T  # folded into the product it would miss XLA's fast path
+        return to_q, to_scores @ q, weights.astype(v.dtype) @ gradient
 
     dot = (_widen(gradient) * _widen(out)).sum(-1).transpose(0, 2, 1).reshape(logarithm.shape)
     to_q, to_k, to_v = _over_heads(one, q * scale, k, v, lengths, _split(gradient), logarithm, dot)
