@@ -28,7 +28,7 @@ from tiny_run import ROOT, WIDTHS, assert_same, command, curve, tiny, weights
 
 from encode import records
 from encode.records import InputError
-from jaxdit import checkpoint, data, flow, metrics, model, optim, teller, train, trained, update
+from jaxdit import attention, checkpoint, data, flow, metrics, model, optim, teller, train, trained, update
 from tests.jaxdit.test_model import inputs, trained_like
 
 FLOW = {"mean": 0.0, "std": 1.0, "shift": 1.0, "drop_both": 0.1, "drop_text": 0.1, "drop_vision": 0.1}
@@ -512,10 +512,8 @@ def test_queries_and_keys_a_hundred_times_too_large_do_no_harm_in_bfloat16(monke
     assert rows[-20:, 0].mean() < rows[:20, 0].mean()
 
     seen = []
-    attend = jax.nn.dot_product_attention
-    monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda q, k, v, **o: (seen.append((q, k)), attend(q, k, v, **o))[1]
-    )
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda q, k, *rest: (seen.append((q, k)), attend(q, k, *rest))[1])
     layer, _ = nnx.split(model.Attention(32, 2, zero=False, dtype=jnp.bfloat16, implementation="xla", rngs=nnx.Rngs(0)))
     for name, angles in (("self_attention", model.rotary_angles(2, 3, 16)), ("cross_attention", None)):
         weights = jax.tree.map(lambda leaf: leaf[0], state["params"]["blocks"][name])
