@@ -99,7 +99,6 @@ def overview(examples: Sequence[judge.Example], asked: judge.Questions, drawn: M
                 ("caption alone", drawn["text_only"].pixels[i]),
                 ("another image", examples[asked.pairs[i]].pixels),
                 ("caption in its light", drawn["vision"].pixels[i]),
-                ("asked for by the exchanged caption", asked.goals[i]),
                 ("exchanged caption", drawn["text"].pixels[i]),
             ],
         )

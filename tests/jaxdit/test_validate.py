@@ -56,7 +56,7 @@ def test_a_trained_model_passes_and_the_record_holds_everything(passed, photogra
 def test_the_page_shows_what_decided_worst_first(passed):
     workdir, result = passed
     page = (workdir / "gate" / "gate.html").read_text()
-    assert page.count("<img") == 6 * 7 + 4 * (4 * 3 + 4 * 4) and "http" not in page.replace("http-equiv", "")
+    assert page.count("<img") == 6 * 6 + 4 * (4 * 3 + 4 * 4) and "http" not in page.replace("http-equiv", "")
     ratios = sorted((e["ratios"]["vision_light"] for e in result["examples"]), reverse=True)
     start = page.index(judge.WORDS["vision_light"].replace("'", "&#x27;"), page.index("of 24; the worst first"))
     places = [page.index(f"(ratio {ratio:.2f})", start) for ratio in ratios[:4]]
