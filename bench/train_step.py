@@ -6,7 +6,7 @@
 Forward and backward pass, clip, AdamW and the average of the weights, each side in a process of its own: ours by the
 trainer's own functions, once for each --remat and --scan_unroll; the same architecture in PyTorch (torch_dit with
 scaled_dot_product_attention, fused AdamW), eager and under torch.compile; and diffusers' PixArt of the same depth, width and
-heads. On the CPU all are float32, with huge pages and all cores, and take their turn in every round; on a GPU they are
+heads. On the CPU all are float32, with huge pages, and take their turn in every round; on a GPU they are
 bfloat16 and come one after the other, each with all of the memory that --memory_gb allows. MFU counts our model's products
 once (jaxdit/estimate.py), against the card's peak, or a CPU's best plain product. Writes
 bench/results/train-step-CONFIG-DEVICE.json.
@@ -134,6 +134,8 @@ def _gigabytes(count: float | None) -> float | None:
 def serve(side: str) -> None:
     """One side, in a process of its own: prepares itself, then runs as many updates as each line of its input says."""
     options = flags.FLAGS
+    if options.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # before any library counts them
     config = importlib.import_module(f"configs.{options.config}").get_config()
     (resolution,), (micro_batch,) = map(int, options.resolutions), map(int, options.micro_batches)
     batch = noise(resolution, micro_batch, options.text)
@@ -167,7 +169,7 @@ class Side:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bench.train_step", f"--side={name}", f"--config={options.config}",
              f"--resolutions={resolution}", f"--micro_batches={micro_batch}", f"--text={options.text}",
-             f"--accumulation={options.accumulation}"],
+             f"--accumulation={options.accumulation}", f"--cores={options.cores}"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         )  # fmt: skip
         self.facts = self._answer()
@@ -225,7 +227,7 @@ def _result(side: Side, images: int, first: dict[str, Any]) -> dict[str, Any]:
     known = {
         "images a second": round(rate, 3),
         "at best": round(images / min(seconds), 3),
-        "CPU seconds an update, least": round(min(turn["used"] for turn in side.rounds[1:]) / flags.FLAGS.updates, 3),
+        "images a CPU second, at best": round(images / min(turn["used"] for turn in side.rounds[1:]), 3),
         "GB resident at most": side.rounds[-1]["resident"],
         "GB of the device at most": side.rounds[-1]["device"],
     }
@@ -238,7 +240,7 @@ def _result(side: Side, images: int, first: dict[str, Any]) -> dict[str, Any]:
 def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Our best side's images a second over those of the best PyTorch of the same architecture, and over PixArt's."""
     result = {}
-    for column in ("images a second", "at best"):
+    for column in ("images a second", "at best", "images a CPU second, at best"):
         rates = {name: side[column] for name, side in found.items() if column in side}
         best = max((rate for name, rate in rates.items() if name.startswith("jaxdit")), default=None)
         for label, names in (("the same in PyTorch", SAME), ("PixArt", PEERS[2:])):
@@ -291,7 +293,7 @@ def main() -> int:
         )
     where = kind or device.processor()
     result = {
-        "device": where if card else f"{where}, {os.cpu_count()} cores",
+        "device": where if card else f"{where}, {options.cores or os.cpu_count()} cores",
         "work": f"configs/{options.config}.py, {options.accumulation} micro-batches an update, text of {options.text} tokens: "
         "forward, backward, clip, AdamW, average",
         "products": "bfloat16 on every side" if card else "float32 on every side",
@@ -319,6 +321,9 @@ if __name__ == "__main__":
     flags.DEFINE_list("peers", ["torch_dit", "diffusers pixart eager"], "Beginnings of the peers' names.")
     flags.DEFINE_integer("rounds", 5, "Times that each side takes its turn; the median counts.")
     flags.DEFINE_integer("updates", 1, "Updates a turn.")
+    flags.DEFINE_integer(
+        "cores", 0, "Cores of the CPU for each side; 0: all. With one, CPU seconds compare on a busy machine."
+    )
     flags.DEFINE_float("memory_gb", None, "Memory of the card that every side may use, in 1e9 bytes.")
     flags.DEFINE_string("side", "", "Of a side's process: its name.")
     commandline.run(main)
