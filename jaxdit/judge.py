@@ -219,8 +219,9 @@ def measure(
     numbers["psnr"] = float(np.mean([likeness.psnr(a, b) for a, b in zip(own.pixels, originals)]))
     numbers["psnr_next"] = _psnr_of_the_next(originals, copies)
     numbers["effects"] = effects
+    leak = likeness.moved(seen["own"][0], seen["vision"][0], forms, forms[pairs])
     numbers["leaks"] = {
-        "composition_by_vector": float(likeness.moved(*(v[asked.lit] for v in _leak(seen, forms, pairs))).mean()),
+        "composition_by_vector": float(leak[asked.lit].mean()),
         "light_by_caption": float(
             np.linalg.norm(seen["text"][1] - seen["own"][1], axis=1)[asked.said].mean()
             / np.linalg.norm(lights - lights[pairs], axis=1)[asked.lit].mean()
@@ -300,10 +301,6 @@ def _effect(judged, before, after, start, goal, third=None, shuffled=True) -> di
     if third is not None:
         control = mean - likeness.interval(moves - likeness.moved(before, third[judged], start, goal))[1]
     return {"mean": mean, "low": low, "high": high, "control": control}
-
-
-def _leak(seen, forms, pairs):
-    return seen["own"][0], seen["vision"][0], forms, forms[pairs]
 
 
 def _psnr_of_the_next(originals: Sequence[np.ndarray], copies: np.ndarray) -> float:

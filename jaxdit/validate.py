@@ -19,7 +19,6 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -118,15 +117,22 @@ def score(run, vae, vision_encoder, examples: Sequence[judge.Example], asked: ju
     """(numbers, ratios, nexts, drawn) of one set of weights; see `judge.measure`."""
     texts = [example.record["text"] for example in examples]
     visions = [example.record["vision"] for example in examples]
-    draw = partial(draw_all, run, vae, examples)
-    drawn = {
-        "own": draw(texts, visions, vision_encoder),
-        "text_only": draw(texts, [None] * len(texts)),
-        "vision": draw(texts, [visions[i] for i in asked.pairs], vision_encoder),
-        "text": draw(asked.exchanged, visions),
+    wanted = {  # texts, vectors, and whether the vision encoder looks at the pictures
+        "own": (texts, visions, True),
+        "text_only": (texts, [None] * len(texts), False),
+        "vision": (texts, [visions[i] for i in asked.pairs], True),
+        "text": (asked.exchanged, visions, False),
     }
     if rule == judge.OWN:
-        drawn["control"] = draw(texts, [visions[i] for i in asked.thirds], vision_encoder)
+        wanted["control"] = (texts, [visions[i] for i in asked.thirds], True)
+    drawn, began = {}, time.monotonic()
+    for count, (name, (text, vision, seen)) in enumerate(wanted.items(), 1):
+        drawn[name] = draw_all(run, vae, examples, text, vision, vision_encoder if seen else None)
+        seconds = time.monotonic() - began
+        logging.info(
+            "Drew %d pictures (%s), %d of %d drawings; %.1f pictures/s, about %.0f s left for these weights.",
+            len(examples), name, count, len(wanted), count * len(examples) / seconds, seconds / count * (len(wanted) - count),
+        )  # fmt: skip
     return *judge.measure(examples, asked, drawn), drawn
 
 
