@@ -24,9 +24,8 @@ from absl import flags
 from bench import device
 from configs import nano
 from encode import commandline
-from jaxdit import model, sampler, trained
+from jaxdit import model, sampler, state_dict, trained
 from torch_dit import DiT
-from torch_dit.convert import to_state_dict
 
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that each side draws the batch; the median counts.")
 BATCH = flags.DEFINE_integer("batch", 4, "Pictures in a batch.")
@@ -120,7 +119,7 @@ def _theirs(options, params, conditions, shape, *, compiled: bool) -> Callable[[
         **{name: options[name] for name in SETTINGS},
         channels=WIDTHS["latent"], text_width=WIDTHS["text"], vision_width=WIDTHS["vision"],
     )  # fmt: skip
-    module.load_state_dict(to_state_dict(jax.tree.map(np.asarray, params), module))
+    module.load_state_dict({name: torch.from_numpy(value) for name, value in state_dict.to_state_dict(params).items()})
     module = module.eval().to(on)
     forward = torch.compile(module) if compiled else module
     seeds = np.arange(BATCH.value, dtype=np.uint32)

@@ -17,7 +17,7 @@ FLOORS = [
     {"model", "flow", "sampler", "optim", "data", "checkpoint", "mesh", "workdir", "report", "estimate"},
     {"standing"},
     {"metrics", "health", "charts", "gallery", "judge"},
-    {"boards", "past", "page", "decode_previews", "wishes", "sheet", "likeness", "advice", "attention"},
+    {"boards", "past", "page", "decode_previews", "wishes", "sheet", "likeness", "advice", "attention", "state_dict"},
 ]
 SHARED = {"encode.records", "encode.commandline"}  # what both halves import
 EDGE = {

@@ -1,4 +1,4 @@
-"""The trained model without JAX: `DiT` in model.py, the way from and to jaxdit's parameters in convert.py."""
+"""The trained model without JAX: `DiT` in model.py, and in pipeline.py what draws pictures with it."""
 
 from torch_dit.model import DiT
 

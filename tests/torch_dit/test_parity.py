@@ -10,8 +10,8 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxdit import flow, model
-from torch_dit import DiT, convert
+from jaxdit import flow, model, state_dict
+from torch_dit import DiT
 
 SIZES = {"layers": 2, "width": 32, "heads": 2, "patch": 2, "channels": 4, "text_width": 12, "vision_width": 6}
 RUN = {"remat": "none", "scan_unroll": 1, "attention": "xla"}
@@ -87,7 +87,7 @@ def run_jax(dtype, params):
 
 def run_torch(dtype, params, batch):
     network = DiT(**SIZES).to(getattr(torch, dtype))
-    network.load_state_dict(convert.to_state_dict(params, network))
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in state_dict.to_state_dict(params).items()})
     b = {name: torch.from_numpy(value) for name, value in batch.items()}
     x0, noise = (b[name].permute(0, 3, 1, 2) for name in ("x0", "noise"))
     t = b["t"][:, None, None, None]
@@ -96,7 +96,7 @@ def run_torch(dtype, params, batch):
     losses = [((v - noise + x0)[i] ** 2)[:, b["mask"][i]].mean() for i in range(len(x))]
     loss = torch.stack(losses).mean()
     loss.backward()
-    gradients = convert.to_tree({name: parameter.grad for name, parameter in network.named_parameters()})
+    gradients = state_dict.to_tree({name: value.grad.numpy() for name, value in network.named_parameters()})
     return SimpleNamespace(loss=loss.item(), v=v.detach().permute(0, 2, 3, 1).numpy(), gradients=gradients)
 
 

@@ -1,4 +1,4 @@
-"""Weights between the tree and the state_dict; and the PyTorch model as a person without JAX meets it."""
+"""The PyTorch model as a person without JAX meets it."""
 
 import jax
 import numpy as np
@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jaxdit import model
-from torch_dit import DiT, convert
+from jaxdit import model, state_dict
+from torch_dit import DiT
 
 SIZES = {"layers": 3, "width": 32, "heads": 2, "patch": 2, "channels": 4, "text_width": 12, "vision_width": 6}
 
@@ -32,72 +32,9 @@ def inputs(seed=0):
     }
 
 
-def meta_model():
-    with torch.device("meta"):
-        return DiT(**SIZES)
-
-
-def test_there_and_back_is_bit_identical(tree):
-    state = convert.to_state_dict(tree, meta_model())
-    assert list(state) == list(DiT(**SIZES).state_dict())
-    assert sum(tensor.numel() for tensor in state.values()) == model.count_parameters(tree)
-    back = convert.to_tree(state)
-    assert jax.tree.structure(back) == jax.tree.structure(tree)
-    jax.tree.map(np.testing.assert_array_equal, back, tree)
-    kernel = tree["blocks"]["mlp_in"]["kernel"]
-    np.testing.assert_array_equal(state["blocks.2.mlp_in.weight"], kernel[2].T)
-
-
-def test_converted_weights_share_no_memory_with_the_tree(tree):
-    before = tree["null_text"].copy()
-    state = convert.to_state_dict(tree, meta_model())
-    state["null_text"].zero_()
-    convert.to_tree(state)["null_vision"][:] = 0
-    np.testing.assert_array_equal(tree["null_text"], before)
-    assert state["null_vision"].abs().min() > 0
-
-
-def without(tree, *path):
-    copy = dict(tree)
-    if len(path) == 1:
-        del copy[path[0]]
-    else:
-        copy[path[0]] = without(copy[path[0]], *path[1:])
-    return copy
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda tree: without(tree, "blocks", "mlp_in", "bias"), "blocks/mlp_in/bias is missing"),
-        (lambda tree: without(tree, "text_norm"), "text_norm/scale is missing"),
-        (lambda tree: tree | {"time_mid": {"kernel": np.zeros((2, 2))}}, "time_mid/kernel is unknown to the model"),
-        (
-            lambda tree: tree | {"patch_in": tree["patch_in"] | {"kernel": tree["patch_in"]["kernel"].T}},
-            r"patch_in/kernel has shape \(32, 16\), the model needs \(16, 32\)",
-        ),
-        (
-            lambda tree: tree | {"blocks": jax.tree.map(lambda leaf: leaf[:2], tree["blocks"])},
-            r"blocks/cross_norm/scale has shape \(2, 32\), the model needs \(3, 32\)",
-        ),
-        (lambda tree: tree | {"null_text": np.zeros(13)}, r"null_text has shape \(13,\), the model needs \(12,\)"),
-    ],
-)
-def test_a_tree_of_another_model_is_refused_by_the_leafs_name(tree, change, words):
-    with pytest.raises(ValueError, match=words):
-        convert.to_state_dict(change(tree), meta_model())
-
-
-def test_layers_out_of_order_are_refused():
-    state = DiT(**SIZES).state_dict()
-    del state["blocks.1.mlp_in.bias"]
-    with pytest.raises(ValueError, match=r"blocks\.2\.mlp_in\.bias stands where layer 1 .* is due"):
-        convert.to_tree(state)
-
-
 def test_weights_go_through_safetensors(tree, tmp_path):
     network = DiT(**SIZES)
-    network.load_state_dict(convert.to_state_dict(tree, network))
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in state_dict.to_state_dict(tree).items()})
     save_file(network.state_dict(), tmp_path / "dit.safetensors")
     other = DiT(**SIZES)
     other.load_state_dict(load_file(tmp_path / "dit.safetensors"))
@@ -112,7 +49,7 @@ def test_a_new_model_starts_as_jaxdits_does():
         assert (network(**inputs()) == 0).all()
     settings = SIZES | {"dtype": "float32", "remat": "none", "scan_unroll": 1, "attention": "xla"}
     ours = jax.jit(lambda: model.initial_parameters(settings, 0))()
-    theirs = convert.to_tree(network.state_dict())
+    theirs = state_dict.to_tree({name: value.numpy() for name, value in network.state_dict().items()})
     for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs)):
         name, leaf = jax.tree_util.keystr(path), np.asarray(leaf)
         if "null" in name:
@@ -125,7 +62,7 @@ def test_a_new_model_starts_as_jaxdits_does():
 
 def test_padding_has_exactly_no_influence_and_dropping_is_by_sample(tree):
     network = DiT(**SIZES)
-    network.load_state_dict(convert.to_state_dict(tree, network))
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in state_dict.to_state_dict(tree).items()})
     given = inputs()
     poisoned = given | {"text": given["text"].clone()}
     for row, length in zip(poisoned["text"], given["text_length"]):
@@ -143,7 +80,7 @@ def test_padding_has_exactly_no_influence_and_dropping_is_by_sample(tree):
 
 def test_bfloat16_by_autocast_follows_float32(tree):
     network = DiT(**SIZES)
-    network.load_state_dict(convert.to_state_dict(tree, network))
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in state_dict.to_state_dict(tree).items()})
     with torch.no_grad():
         want = network(**inputs())
         with torch.autocast("cpu", torch.bfloat16):
