@@ -3,7 +3,7 @@
 Notable: the image code is a block DCT whose coefficients are mixed by an orthonormal Hadamard matrix, so that each channel
 holds low and high frequencies and normalising a channel does not blow the edges up; the words of a caption are random
 signs from a hash, mixed with their neighbours, so that order matters; the vector of a picture has no place in it, only
-colour and light, so it is the same for the mirror image.
+colour and light, so it is the same for the mirror image. This file needs nothing else of ours: jaxdit.export ships it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-
-from encode.prepare import Resizing
 
 BLOCK = 8
 # Coefficients kept of a block, (row, column) frequencies: luma 12 and chroma 2 + 2 reach 31.3 dB on the demo pictures at
@@ -98,7 +97,7 @@ class DemoVision:
 
     def __init__(self, area: int):
         side = max(8, round(area**0.5))
-        self.resizing = Resizing(side * side, 1, Image.Resampling.BOX, square=True)
+        self.resizing = Square(side)
         self.fingerprint = {"id": "demo-light", "version": 1, "width": self.width, "side": side}
 
     def encode(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -126,6 +125,21 @@ class DemoVision:
             *((shares - 1 / HUE_BINS) / 0.25),
         ]
         return np.asarray(values, np.float32)
+
+
+@dataclass(frozen=True)
+class Square:
+    """How DemoVision sees the whole picture, whatever its shape: encode.prepare.Resizing, but to a square."""
+
+    side: int
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        del width, height
+        return self.side, self.side
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """[height, width, 3] uint8 of any size -> [side, side, 3] uint8."""
+        return np.asarray(Image.fromarray(pixels).resize((self.side, self.side), Image.Resampling.BOX))
 
 
 def oklab(pixels: np.ndarray) -> np.ndarray:

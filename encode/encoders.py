@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from encode.demo_encoders import DemoText, DemoVAE, DemoVision
+from encode.demo_encoders import DemoText, DemoVAE, DemoVision, Square
 from encode.prepare import Resizing
 from encode.records import InputError
 
@@ -52,7 +52,7 @@ class Vision(Protocol):
 
     width: int
     fingerprint: dict[str, Any]
-    resizing: Resizing  # the size at which it sees a picture
+    resizing: Resizing | Square  # the size at which it sees a picture
 
     def encode(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """[height, width, 3] uint8 sRGB pictures of any sizes, upright -> [n, width] float32, raw."""

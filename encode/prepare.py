@@ -28,18 +28,13 @@ class Resizing:
       area: pixels, about.
       multiple: every side is a multiple of it (the model's patch).
       resample: Pillow's filter.
-      square: every picture becomes a square of that area.
     """
 
     area: int
     multiple: int
     resample: int
-    square: bool = False
 
     def size(self, width: int, height: int) -> Size:
-        if self.square:
-            side = max(self.multiple, round(self.area**0.5 / self.multiple) * self.multiple)
-            return side, side
         scale = (self.area / (height * width)) ** 0.5
         return tuple(max(1, round(side * scale / self.multiple)) * self.multiple for side in (width, height))
 

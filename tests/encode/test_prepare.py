@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from encode import buckets, images, prepare
+from encode.demo_encoders import DemoVision
 
 WHOLE = prepare.Resizing(64 * 64, 16, Image.Resampling.BILINEAR)
 
@@ -81,9 +82,10 @@ def test_the_vision_models_view_has_the_area_and_whole_patches(size):
     assert width % 16 == height % 16 == 0
     assert 0.6 < width * height / WHOLE.area < 1.7
     assert abs(np.log((width / height) / (size[0] / size[1]))) < 0.45
-    square = prepare.Resizing(64 * 64, 1, Image.Resampling.BOX, square=True)
-    assert square.size(*size) == (64, 64)
     assert pickle.loads(pickle.dumps(WHOLE)) == WHOLE
+    square = DemoVision(64 * 64).resizing  # that goes to the worker processes as well
+    assert pickle.loads(pickle.dumps(square)) == square
+    assert square.size(*size) == square(np.zeros((*size[::-1], 3), np.uint8)).shape[:2] == (64, 64)
 
 
 @pytest.mark.parametrize(
