@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ def draw(
     given: Sequence[Any],
     options: Mapping[str, Any],
     most: int,
+    watch: Callable[[list[int], int, int, Callable[[], np.ndarray]], None] | None = None,
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
     """Latents of all wishes, those of one shape and one kind of guidance in batches that fit.
 
@@ -43,6 +45,7 @@ def draw(
       asked, given: the wishes and their conditions (`conditions.Given`).
       options: steps, shift, solver, interval of all of them.
       most: pictures in a batch; 0: what fills the device.
+      watch: as `trained.generate`'s, with the batch's places in `asked` before the others.
 
     Yields:
       A batch's [(place in `asked`, raw latent)].
@@ -78,6 +81,7 @@ def draw(
                     init=None if start is None else np.stack([given[k].init for k in rows]),
                     strength=start or 1.0,
                     together=together,
+                    watch=watch and partial(watch, part),
                     **options,
                 )
             except jax.errors.JaxRuntimeError as error:

@@ -27,7 +27,7 @@ from absl import flags
 
 from encode import commandline
 from encode.records import InputError, only_one, write_json
-from jaxdit import album, conditions, data, drawing, sampler, sheet, trained, wishes
+from jaxdit import album, conditions, data, sampler, sheet, studio, trained, wishes
 from jaxdit.metrics import duration
 from jaxdit.wishes import Wish
 
@@ -106,52 +106,35 @@ def _run(workdir: Path, out: Path) -> int:
     options = _options(config["sample"])
     asked, grids, known, problems = _asked(config, shapes)
     run = trained.load(workdir, step=given.step, raw=given.raw)
-    common = {
-        **{name: str(options[name]) for name in ("steps", "solver")},
-        "shift": album.numbers([options["shift"]]),
-        "guidance_interval": album.numbers(options["interval"] or ()),
-        "step": str(run.step),
-        "weights": "raw" if given.raw else "averaged",
-        "config": album.config_hash(workdir),
-    }
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(only_one(out))
         except OSError as error:
             raise InputError(f"--out={out}: this folder cannot be made or written to ({error.strerror}).") from error
-        return _Session(run, workdir, out, options, common).make(asked, grids, known, problems)
+        return _Session(studio.Studio(run, workdir, out, options, raw=given.raw)).make(asked, grids, known, problems)
 
 
 class _Session:
     """One call: what is there already stays, the rest is drawn, and what is made is kept whatever ends the call."""
 
-    def __init__(
-        self, run: trained.Trained, workdir: Path, out: Path, options: Mapping[str, Any], common: dict[str, str]
-    ):
-        self.run, self.workdir, self.out, self.options, self.common = run, workdir, out, options, common
-        self.album = album.Album(out)
+    def __init__(self, at: studio.Studio):
+        self.studio, self.out, self.album = at, at.out, at.album
 
     def make(self, asked, grids, known, problems) -> int:
-        hashes = conditions.identify(asked)
-        settings = [album.settings_of(wish, hashes, self.common) for wish in asked]
-        in_grid = {place for lines in grids for line in lines for place in line}
-        names, todo = [], []
-        for place, (wish, words) in enumerate(zip(asked, settings)):
-            weights = f"-text{words['guidance_text']}-vision{words['guidance_vision']}" if place in in_grid else ""
-            name, planned = self.album.place(album.stem_of(wish) + weights, words)
-            todo += [] if planned else [place]
-            names.append(name)
-        if there := self._there(names):
+        in_grid = frozenset(place for lines in grids for line in lines for place in line)
+        plan = self.studio.plan(asked, in_grid)
+        names, settings = plan.names, plan.settings
+        if there := self.studio.there(plan):
             print(
                 f"{len(there)} of {len(asked)} pictures are there already with the same settings; they stay as they are."
             )
         problems, stopped = list(problems), False
         try:
-            for problem in self._draw(todo, asked, names, settings, hashes, known):
+            for problem in self._draw(plan, known):
                 problems.append(problem)
         except KeyboardInterrupt:
             stopped = True
-        made = self._there(names)
+        made = self.studio.there(plan)
         try:
             self._list(made, names, settings)
             self._sheet([place for place in made if place not in in_grid], names, asked)
@@ -165,47 +148,24 @@ class _Session:
             return 3
         return code
 
-    def _draw(self, todo, asked, names, settings, hashes, known) -> Iterator[str]:
-        """Draw and save; what went wrong, as it is met."""
+    def _draw(self, plan: studio.Plan, known) -> Iterator[str]:
+        """Draw and save, and say so; what went wrong, as it is met."""
         from encode import encoders
 
-        vae = encoders.load_vae(self.run.dataset["encoders"]["vae"])
-        given, problems = conditions.encode(
-            [asked[k] for k in todo],
-            self.run.config,
-            self.run.dataset,
-            hashes=hashes,
-            cache=conditions.Cache(conditions.cache_folder(flags.FLAGS.cache)),
-            vae=vae,
-            known=known,
-        )
-        yield from problems
-        work = [(place, found) for place, found in zip(todo, given) if found is not None]
-        progress = _Progress(len(work))
-        batches = drawing.draw(
-            self.run, [asked[k] for k, _ in work], [found for _, found in work], self.options, flags.FLAGS.batch
-        )
-        try:
-            for batch in batches:
-                for number, latent in batch:
-                    place = work[number][0]
-                    if not np.isfinite(latent).all():
-                        yield f"{names[place]}: what was drawn is not finite; try another step or weight"
-                        continue
-                    words = settings[place] | {"command": album.command_of(asked[place], self.workdir, settings[place])}
-                    self.album.save(names[place], vae.decode(latent[None])[0], words)
-                    progress.picture(self.out / names[place], asked[place])
-                self._list(self._there(names), names, settings)
-                progress.batch(len(batch))
-        except MemoryError as error:
-            yield str(error)
-        except OSError as error:  # a disk that is full or gone
-            yield f"{self.out}: {error.strerror or error}"
-            yield f"{len(self._there(names))} of {len(names)} pictures are there, and the same command draws the rest"
-
-    def _there(self, names: Sequence[str]) -> list[int]:
-        """Places of the pictures that are in the folder: under the name that is theirs, nothing else can be."""
-        return [place for place, name in enumerate(names) if (self.out / name).exists()]
+        vae = encoders.load_vae(self.studio.run.dataset["encoders"]["vae"])
+        cache = conditions.Cache(conditions.cache_folder(flags.FLAGS.cache))
+        progress = _Progress(0)
+        for kind, value in self.studio.draw(plan, vae, cache, known=known, most=flags.FLAGS.batch):
+            if kind == "problem":
+                yield value
+            elif kind == "work":
+                progress = _Progress(value)
+            elif kind == "picture":
+                progress.picture(self.out / plan.names[value], plan.asked[value])
+            elif kind == "batch":
+                with contextlib.suppress(OSError):  # a disk that is full says so again at the end
+                    self._list(self.studio.there(plan), plan.names, plan.settings)
+                progress.batch(value)
 
     def _list(self, made: Sequence[int], names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> None:
         """samples.json: the pictures of this call."""

@@ -146,6 +146,28 @@ def sample(
     Returns:
       [batch, height, width, channels] float32 normalised latents.
     """
+    options = {"terms": terms, "weights": weights, "interval": interval, "together": together}
+    return advance(model, start(x), conditions, table=table, **options)[1]
+
+
+def start(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `advance` carries from row to row, (base, point, last velocity), before the first one."""
+    x = x.astype(jnp.float32)
+    return x, x, jnp.zeros_like(x)
+
+
+def advance(
+    model: Callable[..., jax.Array],
+    carry: tuple[jax.Array, jax.Array, jax.Array],
+    conditions: Mapping[str, jax.Array],
+    *,
+    table: jax.Array,
+    terms: tuple[int, ...],
+    weights: jax.Array,
+    interval: jax.Array | None = None,
+    together: bool = True,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The rows of `table`, all of a solver's or the next few, from `carry` on; the arguments are those of `sample`."""
 
     def velocity(point, t):
         def guided(point):
@@ -165,5 +187,4 @@ def sample(
         point = base + now * v + earlier * before
         return (jnp.where(advance > 0, point, base), point, v), None
 
-    x = x.astype(jnp.float32)
-    return jax.lax.scan(evaluate, (x, x, jnp.zeros_like(x)), table)[0][1]
+    return jax.lax.scan(evaluate, carry, table)[0]

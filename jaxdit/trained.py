@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,6 +92,7 @@ def generate(
     init: np.ndarray | None = None,
     strength: float = 1.0,
     together: bool = True,
+    watch: Callable[[int, int, Callable[[], np.ndarray]], None] | None = None,
 ) -> np.ndarray:
     """Sample latents; one program a shape, batch size, number of evaluations and set of guidance terms.
 
@@ -108,6 +109,8 @@ def generate(
       init: [batch, height, width, channels] raw latents of pictures to start from, mixed with noise at t = strength.
       strength: in (0, 1]; without init it is 1.
       together: False evaluates guidance's conditions one after the other, for want of memory.
+      watch: called after each evaluation with how many are done, how many there are, and a function that gives what the
+        pictures seem to become, as raw latents. What it raises ends the drawing.
 
     Returns:
       [batch, height, width, channels] float32 raw latents, for the image decoder.
@@ -127,28 +130,44 @@ def generate(
         more = -count % trained.devices.size
         rows = jax.tree.map(lambda value: np.concatenate([value, np.repeat(value[:1], more, axis=0)]), rows)
         rows = jax.device_put(rows, mesh.over_batch(trained.devices))
-    latents = _sample(
-        trained.params,
-        rows,
-        sampler.solver_table(solver, sampler.time_grid(steps, shift, strength if init is not None else 1.0)),
-        np.float32(strength),
-        None if interval is None else np.asarray(interval, np.float32),
-        graph=trained.graph,
-        shape=tuple(latent_shape),
-        terms=sampler.needed_terms(weights),
-        together=together,
-    )
-    return data.denormalize(np.asarray(latents)[:count], trained.dataset)
+    table = sampler.solver_table(solver, sampler.time_grid(steps, shift, strength if init is not None else 1.0))
+    interval = None if interval is None else np.asarray(interval, np.float32)
+    fixed = {"graph": trained.graph, "terms": sampler.needed_terms(weights), "together": together}
+
+    def raw(latents):
+        return data.denormalize(np.asarray(latents)[:count], trained.dataset)
+
+    if watch is None:
+        return raw(
+            _sample(trained.params, rows, table, np.float32(strength), interval, shape=tuple(latent_shape), **fixed)
+        )
+    carry = _begin(rows, np.float32(strength), shape=tuple(latent_shape))
+    for done in range(1, len(table) + 1):  # a row a call: one program, however many steps
+        carry = jax.block_until_ready(_advance(trained.params, carry, rows, table[done - 1 : done], interval, **fixed))
+        left = table[done, 0] if done < len(table) else 0.0
+        watch(done, len(table), lambda carry=carry, left=left: raw(carry[1] - left * carry[2]))
+    return raw(carry[1])
 
 
 @partial(jax.jit, static_argnames=("graph", "shape", "terms", "together"))
 def _sample(params, rows, table, strength, interval, *, graph, shape, terms, together):
+    carry = _begin(rows, strength, shape=shape)
+    return _advance(params, carry, rows, table, interval, graph=graph, terms=terms, together=together)[1]
+
+
+@partial(jax.jit, static_argnames=("shape",))
+def _begin(rows, strength, *, shape):
     x = sampler.initial_noise(rows["seeds"], rows["positions"], shape)
     if "init" in rows:
         x = flow.interpolate(rows["init"], x, jnp.broadcast_to(strength, x.shape[:1]))
-    return sampler.sample(
+    return sampler.start(x)
+
+
+@partial(jax.jit, static_argnames=("graph", "terms", "together"))
+def _advance(params, carry, rows, table, interval, *, graph, terms, together):
+    return sampler.advance(
         nnx.merge(graph, params),
-        x,
+        carry,
         rows["conditions"],
         table=table,
         terms=terms,

@@ -9,12 +9,12 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("encode", "jaxdit", "configs", "torch_dit") for path in (ROOT / folder).glob("*.py"))
 # Every file of jaxdit stands on a floor and imports only from floors below; rooms of one floor do not import each other.
 FLOORS = [
-    {"main", "sample", "validate", "plan"},
+    {"main", "sample", "validate", "plan", "export"},
     {"train"},
-    {"previews", "measure"},
+    {"previews", "measure", "studio"},
     {"teller", "preview_set", "album", "conditions", "drawing", "gate_page"},
     {"trained", "update", "heldout", "origin", "startup"},
-    {"model", "flow", "sampler", "optim", "data", "checkpoint", "mesh", "workdir", "report", "estimate"},
+    {"model", "flow", "sampler", "optim", "data", "checkpoint", "mesh", "workdir", "report", "card", "estimate"},
     {"standing"},
     {"metrics", "health", "charts", "gallery", "judge"},
     {"boards", "past", "page", "decode_previews", "wishes", "sheet", "likeness", "advice", "attention", "state_dict"},
@@ -26,6 +26,7 @@ EDGE = {
     "validate",
     "likeness",
     "decode_previews",
+    "export",
 }  # what may import more of encode, inside a function
 
 
