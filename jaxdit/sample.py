@@ -18,7 +18,6 @@ import signal
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,20 +274,11 @@ def _asked(config: Mapping[str, Any], shapes: wishes.Shapes):
         raise InputError(f"--prompts={given.prompts}: no prompt is in it." + "".join(f" {why}." for why in problems))
     if not given.grid:
         return asked, [], known, problems
-    return *_in_grids(asked, _floats("guidance_text"), _floats("guidance_vision")), known, problems
-
-
-def _in_grids(asked: Sequence[Wish], texts: list[float] | None, visions: list[float] | None):
-    """(wishes of all cells, grids): weights of a condition that a wish has not change nothing, so one of them will do."""
-    cells, grids = [], []
-    for wish in asked:
-        rows = (texts or GRID_TEXT) if wish.prompt else [wish.text]
-        columns = (visions or GRID_VISION) if wish.references else [wish.vision]
-        first = len(cells)
-        cells += [replace(wish, text=text, vision=vision) for text in rows for vision in columns]
-        width = len(columns)
-        grids.append([list(range(first + k * width, first + (k + 1) * width)) for k in range(len(rows))])
-    return cells, grids
+    return (
+        *wishes.grids(asked, _floats("guidance_text") or GRID_TEXT, _floats("guidance_vision") or GRID_VISION),
+        known,
+        problems,
+    )
 
 
 def _size_of_init(fields: Mapping[str, Any], defaults: Mapping[str, Any], shapes: wishes.Shapes) -> dict[str, Any]:

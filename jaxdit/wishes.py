@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,26 @@ def wish(fields: Mapping[str, Any], defaults: Mapping[str, Any], shapes: Shapes,
         Wish(prompt, references, mix, seed + number, size, scales[0], scales[1], init, strength, where)
         for number in range(count)
     ]
+
+
+def grids(
+    asked: Sequence[Wish], texts: Sequence[float], visions: Sequence[float]
+) -> tuple[list[Wish], list[list[list[int]]]]:
+    """Every weight of the text (rows) with every one of the vision vector, for each wish.
+
+    Weights of a condition that a wish has not change nothing, so one of them, its own, will do.
+
+    Returns:
+      (wishes of all cells, a grid a wish: rows of places among them).
+    """
+    cells, tables = [], []
+    for wish in asked:
+        rows = texts if wish.prompt else [wish.text]
+        columns = visions if wish.references else [wish.vision]
+        first, width = len(cells), len(columns)
+        cells += [replace(wish, text=text, vision=vision) for text in rows for vision in columns]
+        tables.append([list(range(first + k * width, first + (k + 1) * width)) for k in range(len(rows))])
+    return cells, tables
 
 
 def _object(line: str, where: str, folder: Path) -> dict[str, Any]:

@@ -9,9 +9,10 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("encode", "jaxdit", "configs", "torch_dit") for path in (ROOT / folder).glob("*.py"))
 # Every file of jaxdit stands on a floor and imports only from floors below; rooms of one floor do not import each other.
 FLOORS = [
-    {"main", "sample", "validate", "plan", "export"},
-    {"train"},
-    {"previews", "measure", "studio"},
+    {"main", "sample", "validate", "plan", "export", "app"},
+    {"train", "easel"},
+    {"desk"},
+    {"previews", "measure", "studio", "cabinet"},
     {"teller", "preview_set", "album", "conditions", "drawing", "gate_page"},
     {"trained", "update", "heldout", "origin", "startup"},
     {"model", "flow", "sampler", "optim", "data", "checkpoint", "mesh", "workdir", "report", "card", "estimate"},
@@ -27,6 +28,8 @@ EDGE = {
     "likeness",
     "decode_previews",
     "export",
+    "desk",
+    "cabinet",
 }  # what may import more of encode, inside a function
 
 
@@ -70,6 +73,15 @@ def test_ray_is_optional():
             if module.split(".")[0] == "ray":
                 assert path.stem == "ray_engine", path
             assert module != "encode.ray_engine" or not at_top, f"{path}: only inside a function"
+
+
+def test_nicegui_is_optional():
+    for path in FILES:
+        for module, at_top in imports(path):
+            assert module.split(".")[0] != "nicegui" or path.stem == "easel" or (path.stem == "app" and not at_top), (
+                path
+            )
+            assert module != "jaxdit.easel" or not at_top, f"{path}: only inside a function"
 
 
 def test_every_file_of_jaxdit_stands_on_one_floor():
