@@ -50,8 +50,10 @@ def noise(resolution: int, micro_batch: int, text: int) -> dict[str, np.ndarray]
     return batch | {"text_length": np.random.default_rng(1).integers(8, text + 1, micro_batch).astype(np.int32)}
 
 
-def ours(config: Any, batch: dict[str, np.ndarray], accumulation: int) -> tuple[Callable[[int], None], dict[str, Any]]:
-    """(run so many updates and wait, what is known): the trainer's functions, compiled as it compiles them."""
+def ours(
+    config: Any, batch: dict[str, np.ndarray], accumulation: int
+) -> tuple[Callable[[int], None], dict[str, Any], tuple[Any, Any]]:
+    """(run so many updates and wait, what is known, the two programs): the trainer's functions, compiled as it compiles them."""
     from functools import partial
 
     import jax
@@ -95,7 +97,7 @@ def ours(config: Any, batch: dict[str, np.ndarray], accumulation: int) -> tuple[
         leaf.nbytes for leaf in jax.tree.leaves(state["params"])
     )
     needs = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return run, {
+    facts = {
         "seconds to compile": round(compiled, 1),
         "seconds of the first update": round(time.perf_counter() - began, 2),
         "GB by the compiled program": _gigabytes(needs + sizes.temp_size_in_bytes + beside),
@@ -109,6 +111,7 @@ def ours(config: Any, batch: dict[str, np.ndarray], accumulation: int) -> tuple[
         "peak flops": estimate.peak_flops(kind, settings["dtype"], jax.device_count())
         or _product_flops(settings["dtype"]),
     }
+    return run, facts, (accumulate, change)
 
 
 def _product_flops(dtype: str) -> float:
@@ -148,7 +151,7 @@ def serve(side: str) -> None:
         import jax
 
         config.model.remat, config.model.scan_unroll = side.split()[1], int(side.split()[3])
-        run, facts = ours(config, batch, options.accumulation)
+        run, facts, _ = ours(config, batch, options.accumulation)
         peak = lambda: (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")  # noqa: E731
     print(WORD + json.dumps(facts), flush=True)
     for line in sys.stdin:

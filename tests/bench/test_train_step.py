@@ -13,7 +13,7 @@ def config():
 
 
 def test_our_side_trains_and_knows_its_costs(config):
-    run, facts = train_step.ours(config, train_step.noise(32, 2, 8), accumulation=2)
+    run, facts, _ = train_step.ours(config, train_step.noise(32, 2, 8), accumulation=2)
     run(2)
     settings = dict(config.model) | {"channels": 16, "text_width": 1024, "vision_width": 1024, "dtype": "float32"}
     assert facts["flops an image"] == estimate.training_flops(settings, (4, 4, 16), 8)
