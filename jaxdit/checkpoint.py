@@ -221,12 +221,21 @@ def saved_steps(workdir: str | Path, item: str = "ema") -> list[int]:
     return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit() and (child / item).is_dir())
 
 
+def save_weights(workdir: str | Path, step: int, weights: Any) -> None:
+    """Write weights as the averaged ones of one step, alone: enough to be sampled and started from."""
+    folder = Path(workdir).resolve() / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    items = ocp.args.Composite(ema=ocp.args.StandardSave(weights))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(folder / str(step), args=items)
+
+
 def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None, raw: bool = False) -> tuple[int, Any]:
     """The weights of one step, alone: the EMA, or the raw parameters.
 
     Args:
       workdir: a working folder.
-      shapes: tree of shapes of the parameters.
+      shapes: tree of shapes of the parameters, with the shardings wanted; without: all on the first device.
       step: which; None: the newest that is complete and can be read, and newer ones are named in the log.
       raw: take the raw parameters instead of the EMA.
 
@@ -276,8 +285,11 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
 def _weights(folder: Path, shapes: Any, raw: bool) -> Any:
     target = {"params": shapes} if raw else shapes
     check_shapes(folder, target, whole=not raw)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), target)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device),
+        target,
+    )
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     weights = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
         folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)

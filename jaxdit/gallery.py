@@ -38,13 +38,13 @@ def previews(workdir: Path, beside: Path) -> str:
     )
     if not steps:
         return ""
-    listed = _listed(folder, steps)
+    entries = listed(folder, steps)
     columns = evenly(steps, SHOWN)
-    shown = listed[:ROWS]
+    shown = entries[:ROWS]
     newest = "".join(_newest(folder, entry, steps[-1], beside) for entry in shown)
     rows = "".join(_row(folder, entry, columns, beside) for entry in shown) if len(columns) > 1 else ""
     left = [f"{len(steps) - len(columns):,} more steps"] if len(steps) > len(columns) else []
-    left += [f"{len(listed) - ROWS:,} more prompts"] if len(listed) > ROWS else []
+    left += [f"{len(entries) - ROWS:,} more prompts"] if len(entries) > ROWS else []
     return (
         f'<h3>Step {steps[-1]:,}</h3><div class="newest">{newest}</div>'
         + (f'<h3>Through time</h3><div style="--steps:{len(columns)}">{rows}</div>' if rows else "")
@@ -60,14 +60,14 @@ def evenly(steps: Sequence[int], count: int) -> list[int]:
     return sorted({steps[0], steps[-1], *(min(steps, key=lambda step: abs(step - place)) for place in wanted)})
 
 
-def _listed(folder: Path, steps: Sequence[int]) -> list[dict[str, Any]]:
+def listed(folder: Path, steps: Sequence[int]) -> list[dict[str, Any]]:
     """What previews.json says of each picture; without it, the names of the pictures themselves."""
     try:
         found = json.loads((folder / "previews.json").read_text(encoding="utf-8"))
-        listed = [entry for entry in found if isinstance(entry, dict) and _plain(entry.get("name"))]
+        entries = [entry for entry in found if isinstance(entry, dict) and _plain(entry.get("name"))]
     except (OSError, ValueError, TypeError):
-        listed = []
-    return listed or [
+        entries = []
+    return entries or [
         {"name": path.stem} for path in sorted((folder / str(steps[-1])).glob("*.png")) if _plain(path.stem)
     ]
 

@@ -155,7 +155,7 @@ def look(workdir: Path, now: datetime | None = None) -> Standing:
     """Read a working folder; nothing in it makes this fail."""
     problems: list[str] = []
     config, dataset, origin = (
-        _json(workdir / name, problems) for name in ("config.json", "dataset.json", "origin.json")
+        read(workdir / name, problems) for name in ("config.json", "dataset.json", "origin.json")
     )
     columns = metrics.columns(workdir)
     saved = _checkpoints(workdir, problems)
@@ -198,7 +198,8 @@ def _checkpoints(workdir: Path, problems: list[str]) -> list[Saved]:
     return sorted(found, key=lambda one: one.step)
 
 
-def _json(path: Path, problems: list[str]) -> Mapping[str, Any]:
+def read(path: Path, problems: list[str]) -> Mapping[str, Any]:
+    """A JSON object of the working folder; {} where there is none, and a sentence more where it cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
