@@ -95,6 +95,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "prompts": (),
                 "references": (),
             },
+            "mesh": {"data": -1, "fsdp": 1},
             "metrics": {"wandb": "", "watts": 450.0},  # the card's limit; measure at the wall for a better number
             "health": {"window": 200, "spike": 8.0, "patience": 8},  # as explained in jaxdit/health.py
         }

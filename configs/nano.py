@@ -72,6 +72,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "prompts": (),
                 "references": (),
             },
+            "mesh": {"data": -1, "fsdp": 1},
             "metrics": {"wandb": "", "watts": 450.0},
             "health": {"window": 200, "spike": 8.0, "patience": 8},
         }

@@ -73,6 +73,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "prompts": (),
                 "references": (),
             },
+            "mesh": {"data": -1, "fsdp": 1},
             "metrics": {"wandb": "", "watts": 60.0},
             "health": {"window": 200, "spike": 8.0, "patience": 8},
         }

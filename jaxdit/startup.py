@@ -15,20 +15,33 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxdit import checkpoint, estimate, metrics, model, optim
+from jaxdit import checkpoint, estimate, mesh, metrics, model, optim
 
 ENOUGH_SAMPLES = 100_000_000  # models trained at home that draw well have seen 100 to 200 million; a million is mud
 SHOWN = 8  # buckets named one by one
 
 
 def announce(
-    config: Any, dataset: Any, settings: Mapping[str, Any], shapes: Any, origin: Mapping[str, Any], workdir: Path
+    config: Any,
+    dataset: Any,
+    settings: Mapping[str, Any],
+    shapes: Any,
+    origin: Mapping[str, Any],
+    workdir: Path,
+    devices: jax.sharding.Mesh,
 ) -> None:
     """Say what is about to happen, in the log."""
     written = sum(path.stat().st_size for path in (workdir / "checkpoints").rglob("*") if path.is_file())
     room = shutil.disk_usage(workdir).free + written
     for line in describe(config, dataset, settings, shapes, origin, device_memory(), room):
         logging.info(line)
+    if devices.size > 1:
+        logging.info("Devices    %s.", mesh.describe(devices))
+    if whole := mesh.undivided(devices, shapes):
+        logging.info(
+            "Every device holds %s whole, because fsdp=%d does not divide their rows.",
+            ", ".join(whole), devices.shape["fsdp"],
+        )  # fmt: skip
     file = flags.FLAGS["config"].config_filename if "config" in flags.FLAGS and flags.FLAGS.is_parsed() else ""
     odd = warnings(config, dataset, settings, shapes, origin, device_memory(), room)
     for line in [*another_resolution(file, dataset.info["resolution"]), *odd]:
@@ -156,9 +169,9 @@ def worst(config, dataset, settings, shapes) -> dict[str, int]:
     tokens = max(dataset.text_lengths)
     shape = max((info["latent"] for info in dataset.info["buckets"].values()), key=lambda latent: np.prod(latent))
     micro_batch = config.train.micro_batch // jax.device_count()
-    return estimate.memory(
-        settings, model.count_parameters(shapes), micro_batch, shape, tokens, remat=settings["remat"]
-    )
+    fsdp = config.mesh.fsdp if config.mesh.fsdp > 0 else jax.device_count() // config.mesh.data
+    parameters = -(-model.count_parameters(shapes) // fsdp)
+    return estimate.memory(settings, parameters, micro_batch, shape, tokens, remat=settings["remat"])
 
 
 def device_memory() -> int:

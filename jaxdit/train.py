@@ -62,6 +62,7 @@ def train(config: Any, workdir: str | Path) -> str:
     """
     workdir = Path(workdir)
     folder.check(config, jax.device_count())
+    devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
     try:
         mesh.compute_dtype(config.model.dtype)
         optim.warmup_updates(config.optim.warmup_steps, config.train.total_steps)
@@ -82,17 +83,16 @@ def train(config: Any, workdir: str | Path) -> str:
     start = origin.look(config, dataset.info) if folder.is_new(workdir) else None
     with only_one(workdir):
         dataset.describe(folder.claim(workdir, config, dataset.path, dataset.info, start))
-        return run(config, workdir, dataset)
+        return run(config, workdir, dataset, devices)
 
 
-def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
+def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding.Mesh) -> str:
     """The run itself, in a working folder that is ours; see `train`."""
-    # One axis of devices: parameters on each, micro-batches divided over them.
-    devices = mesh.make_mesh()
+    # Micro-batches are divided over all devices, the state is cut over those of the axis fsdp.
     everywhere, divided = mesh.replicated(devices), mesh.over_batch(devices)
     settings = trained.model_settings(config.model, dataset.info["widths"])
     graph, shapes = model.abstract(settings)
-    startup.announce(config, dataset, settings, shapes, origin.read(workdir), workdir)
+    startup.announce(config, dataset, settings, shapes, origin.read(workdir), workdir, devices)
     schedule = optim.learning_rate(
         peak=config.optim.peak_learning_rate,
         end=config.optim.end_learning_rate,
@@ -104,20 +104,22 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
     )
 
     # What is compiled: one `accumulate` a bucket and length of text, one `judge` a bucket, one `change`.
-    options, seed = dict(config.flow), config.train.seed
-    zeros = jax.jit(partial(update.new_total, shapes), out_shardings=everywhere)
-    accumulate = jax.jit(partial(update.accumulate_gradients, graph, options, seed), donate_argnums=1)
-    change = jax.jit(
-        partial(update.apply_update, optimizer, schedule, config.optim.ema_decay, config.train.batch_size),
-        donate_argnums=0,
+    options, seed, whole = dict(config.flow), config.train.seed, mesh.gathering(devices, graph, shapes)
+    fresh = partial(update.new_state, settings, optimizer, seed)
+    zeros, accumulate, change, judge = mesh.compiled(
+        devices,
+        jax.eval_shape(fresh),
+        new_total=partial(update.new_total, shapes),
+        accumulate=partial(update.accumulate_gradients, whole, options, seed),
+        change=partial(update.apply_update, optimizer, schedule, config.optim.ema_decay, config.train.batch_size),
+        judge=partial(heldout.losses, whole, options),
     )
-    judge = jax.jit(partial(heldout.losses, graph, options))
 
     batches = data.training_batches(
         dataset, seed=seed, micro_batch=config.train.micro_batch, flip=config.flow.flip
     )  # fmt: skip
     saver = checkpoint.Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
-    step, state, position = begin(config, workdir, settings, optimizer, saver, shapes, everywhere)
+    step, state, position = begin(config, workdir, fresh, optimizer, saver, shapes, devices)
     if position is not None:
         batches.set_state(position)
     folder.check_space(workdir, 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
@@ -149,6 +151,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
         log.sync()
         with jax.transfer_guard("allow"):  # the copy to the host is what saving is
             kept = {"position": position, "metrics": {"step": step, "seconds": clock.seconds}, "config": known}
+            kept["devices"] = mesh.describe(devices)
             saver.save(step, *_split_ema(state), kept)
         report.update(workdir)
         clock.skip(time.monotonic() - began)
@@ -219,7 +222,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
                 if due and pictures and not stop.requested and budget.allows("previews", last):
                     began = time.monotonic()
                     with jax.transfer_guard("allow"):
-                        pictures.draw(step, state["ema"])
+                        pictures.draw(step, mesh.on_one(devices, state["ema"]))
                     clock.skip(budget.spent("previews", time.monotonic() - began))
                 if pictures:
                     for drawn_at, drawn in pictures.finished():
@@ -251,17 +254,20 @@ def run(config: Any, workdir: Path, dataset: data.Dataset) -> str:
     return "done"
 
 
-def begin(config, workdir, settings, optimizer, saver, shapes, everywhere):
+def begin(config, workdir, fresh, optimizer, saver, shapes, devices):
     """(step, state, position of the data or None): from the newest checkpoint, from where the run comes from, or new."""
-    initial = jax.jit(partial(update.new_state, settings, optimizer, config.train.seed), out_shardings=everywhere)
-    wanted = jax.tree.map(  # shapes alone: two states at once would not fit
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(initial)
-    )
+    wanted = mesh.placed(devices, jax.eval_shape(fresh))  # shapes alone: two states at once would not fit
+    lying = mesh.shardings(devices, wanted)
     restored = saver.restore(*_split_ema(wanted))
     if restored is not None:
         step, rest, ema, kept = restored
         now = json.loads(config.to_json_best_effort())
         folder.refuse_fixed(saver.folder / str(step), folder.changed_fields(kept["config"], now))
+        if kept.get("devices", mesh.describe(devices)) != mesh.describe(devices):
+            logging.warning(
+                "Saved on %s, going on with %s: the samples and their order stay, but sums are rounded otherwise, so the run is "
+                "not bit for bit what it would have been.", kept["devices"], mesh.describe(devices),
+            )  # fmt: skip
         if step < config.train.total_steps:
             logging.info("Going on at step %d of %d in %s.", step, config.train.total_steps, workdir)
         else:
@@ -276,11 +282,10 @@ def begin(config, workdir, settings, optimizer, saver, shapes, everywhere):
     if "init_from" in source:
         named = source["init_from"]
         _, params = checkpoint.restore_weights(
-            named["workdir"], shapes, step=named["step"], raw=named["weights"] == "raw"
+            named["workdir"], wanted["params"], step=named["step"], raw=named["weights"] == "raw"
         )
-        fresh = jax.jit(partial(update.state_of, optimizer), out_shardings=everywhere, donate_argnums=0)
-        return 0, fresh(jax.device_put(params, everywhere)), None
-    return 0, initial(), None
+        return 0, jax.jit(partial(update.state_of, optimizer), out_shardings=lying, donate_argnums=0)(params), None
+    return 0, jax.jit(fresh, out_shardings=lying)(), None
 
 
 class Budget:

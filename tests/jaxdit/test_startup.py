@@ -5,7 +5,7 @@ from absl import flags
 from ml_collections import config_flags
 from tiny_run import tiny
 
-from jaxdit import data, model, startup, trained
+from jaxdit import data, mesh, model, startup, trained
 
 
 def screen(tmp_path, resolution="64", memory=24 * 10**9, origin=None, buckets=None, room=10**12, **changes):
@@ -70,7 +70,7 @@ def test_a_stage_that_is_given_the_data_of_another_is_warned_of_both(tmp_path, m
         monkeypatch.setattr(flags, "FLAGS", values)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            startup.announce(config, dataset, settings, model.abstract(settings)[1], {}, tmp_path)
+            startup.announce(config, dataset, settings, model.abstract(settings)[1], {}, tmp_path, mesh.make_mesh())
         assert ("configs/full.py:256 is the stage for 256" in caplog.text) == warned
         assert ("a data set of 64:" in caplog.text) == warned
     assert startup.another_resolution("configs/full.py:512", 512) == []

@@ -1,0 +1,208 @@
+"""One mesh for one device and for many: the same numbers, parameters that are really cut, and the collectives expected."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import ROOT, WIDTHS, command, curve, tiny
+
+from encode.records import InputError
+from jaxdit import heldout, mesh, metrics, model, optim, train, trained, update
+
+MESHES = [(1, 1, 1), (2, 1, 2), (4, 2, 2), (8, 8, 1), (8, 1, 8)]  # devices, data, fsdp
+LAYERS = 3
+STEPS, MICRO_BATCHES, ROWS = 3, 2, 8
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What `main` below finds on eight devices, by (devices, data, fsdp)."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {tuple(row["mesh"]): row for row in map(json.loads, done.stdout.splitlines())}
+
+
+def main():
+    """Train a tiny model a few steps on each mesh and look at how its arrays lie and what its programs send."""
+    config = tiny("", **{"model.layers": LAYERS, "model.width": 64, "model.heads": 2})
+    settings = trained.model_settings(config.model, WIDTHS)
+    graph, shapes = model.abstract(settings)
+    optimizer = optim.make_optimizer(lambda _: 1e-2, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.03, clip_norm=1.0)
+    start = jax.tree.map(np.asarray, jax.jit(partial(update.new_state, settings, optimizer, 0))())
+    for count, data, fsdp in MESHES:
+        devices = mesh.make_mesh(data, fsdp, jax.devices()[:count])
+        whole = mesh.gathering(devices, graph, shapes)
+        zeros, accumulate, change, judge = mesh.compiled(
+            devices,
+            start,
+            new_total=partial(update.new_total, shapes),
+            accumulate=partial(update.accumulate_gradients, whole, dict(config.flow), 0),
+            change=partial(update.apply_update, optimizer, lambda _: 1e-2, 0.999, MICRO_BATCHES * ROWS),
+            judge=partial(heldout.losses, whole, dict(config.flow)),
+        )
+        state = jax.device_put(start, mesh.shardings(devices, start))
+        rows, everywhere = mesh.over_batch(devices), mesh.replicated(devices)
+        random, losses, programs = np.random.default_rng(0), [], []
+        for step in range(STEPS):
+            total = zeros()
+            for micro in range(MICRO_BATCHES):
+                batch = jax.device_put(batch_of(random), rows)
+                where = jax.device_put(np.array([step, micro * ROWS], np.int32), everywhere)
+                if not programs:
+                    programs = [accumulate.lower(state["params"], total, batch, where).compile()]
+                    programs += [change.lower(state, total).compile()]
+                total = programs[0](state["params"], total, batch, where)
+            shard = {
+                name: leaf.addressable_shards[0].data.shape for name, leaf in named({"state": state, "sums": total})
+            }
+            state, row = programs[1](state, total)
+            losses.append([float(row["loss"]), float(row["grad_norm"])])
+        found = {
+            "mesh": (count, data, fsdp),
+            "losses": losses,
+            "shards": shard,
+            "sent": [collectives(program.as_text()) for program in programs],
+            "temporary": programs[0].memory_analysis().temp_size_in_bytes,
+        }
+        if count in (1, 8):
+            numbers = jax.device_put(random.integers(2**32, size=(ROWS, 2), dtype=np.uint32), rows)
+            judged, _ = judge(state["params"], batch, numbers, jax.device_put(np.zeros(3, np.float32), everywhere))
+            found["judged"] = np.asarray(judged).tolist()
+        print(json.dumps(found))
+
+
+def named(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
+def batch_of(random):
+    return {
+        "latent": random.standard_normal((ROWS, 8, 8, 16), np.float32),
+        "text": random.standard_normal((ROWS, 16, WIDTHS["text"]), np.float32),
+        "text_length": random.integers(1, 17, ROWS).astype(np.int32),
+        "vision": random.standard_normal((ROWS, WIDTHS["vision"]), np.float32),
+    }
+
+
+def collectives(text):
+    """{"entry KIND" or "loop KIND": how many arrays} of a compiled program."""
+    counts, place = Counter(), ""
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            place = "entry" if line.startswith("ENTRY") else "loop"
+        sent = re.search(rf"= (\(?)(.*?)\)? ({'|'.join(COLLECTIVES)})(-start)?\(", line)
+        if sent:
+            counts[f"{place} {sent[3]}"] += sent[2].count("[") if sent[1] else 1
+    return counts
+
+
+def kernels(shards):
+    """(names of the parameters that are to be cut, all names)."""
+    names = [name.removeprefix("state/params/") for name in shards if name.startswith("state/params/")]
+    return [name for name in names if name.endswith("kernel")], names
+
+
+def test_losses_and_gradients_are_the_same_on_every_mesh(found):
+    one = found[1, 1, 1]
+    for row in found.values():
+        np.testing.assert_allclose(row["losses"], one["losses"], rtol=1e-5)
+        np.testing.assert_allclose(row.get("judged", one["judged"]), one["judged"], rtol=1e-5)
+    assert len({loss for loss, _ in one["losses"]}) == STEPS
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (4, 2, 2), (8, 1, 8)])
+def test_parameters_moments_averages_and_sums_are_cut_over_fsdp(found, sizes):
+    shards, whole = found[sizes]["shards"], found[1, 1, 1]["shards"]
+    cut, names = kernels(shards)
+    for name in names:
+        divides = whole[f"state/params/{name}"][name.startswith("blocks")] % sizes[2] == 0  # rows, behind the layers
+        for kept in ("state/params", "state/ema", "state/opt_state/1/0/mu", "state/opt_state/1/0/nu", "sums/gradients"):
+            shape, full = shards[f"{kept}/{name}"], whole[f"{kept}/{name}"]
+            share = sizes[2] if name in cut and divides else 1
+            assert np.prod(shape) * share == np.prod(full), (kept, name)
+            if name.startswith("blocks"):
+                assert shape[-len(full)] == LAYERS
+    size = {
+        key: sum(np.prod(rows[f"state/params/{name}"]) for name in names) for key, rows in ((1, whole), (2, shards))
+    }
+    assert size[2] < size[1] / sizes[2] * (
+        1.2 if sizes[2] == 2 else 1.5
+    )  # biases and norms weigh more in a small model
+
+
+def test_a_micro_batch_sends_what_fsdp_needs_and_an_update_sums_once(found):
+    """A kernel of the blocks is gathered in the scan, once forward and once backward: a layer at a time, not all at once."""
+    for (_, data, fsdp), row in found.items():
+        cut, names = kernels(row["shards"])
+        inside = sum(name.startswith("blocks") for name in cut)
+        accumulate, change = row["sent"]
+        if fsdp == 1:
+            assert accumulate == {}  # whatever the number of micro-batches
+            assert change == (
+                {"entry all-reduce": len(names) + 5} if data > 1 else {}
+            )  # each gradient, each kind of loss
+        else:
+            outside = len(cut) - inside - 2 * (fsdp == 8)  # text_in and vision_in have 12 and 6 rows
+            assert accumulate == {
+                "loop all-gather": 2 * inside,
+                "loop reduce-scatter": inside,
+                "entry all-gather": outside,
+                "entry reduce-scatter": outside,
+            }
+            assert change.keys() == {"entry all-reduce"}  # gradients over data, and numbers such as norms
+
+
+def test_a_mesh_that_cannot_be_is_refused_before_anything_is_touched(tmp_path):
+    for changes in ({"mesh.fsdp": 3}, {"mesh.data": 2}, {"mesh.data": -1, "mesh.fsdp": -1}, {"mesh.data": 0}):
+        with pytest.raises(InputError, match=r"mesh\.data=.* and mesh\.fsdp=.* do not make up 1 device"):
+            train.train(tiny(tmp_path / "none", **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_a_mesh_goes_on_on_another_and_says_so(path, tmp_path, caplog):
+    """Eight devices as 2 x 4, then one, then sixteen as 8 x 2."""
+    options = {"train.batch_size": 16, "train.micro_batch": 16, "optim.warmup_steps": 0}
+    whole = options | {"train.total_steps": 9}
+    train.train(tiny(path, **whole), tmp_path / "one")
+
+    def go_on(count, fsdp, steps):
+        flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={count}"
+        arguments = command(path, tmp_path / "run", **whole | {"mesh.fsdp": fsdp, "train.total_steps": steps})
+        environment = os.environ | {"XLA_FLAGS": flags}
+        done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    said = go_on(8, 4, 9)
+    assert "8 devices (data 2 x fsdp 4)" in said and "vision_in/kernel" in said and "Saved on" not in said
+    losses, alone = ([row[1] for row in curve(tmp_path / name, "loss")] for name in ("run", "one"))
+    np.testing.assert_allclose(losses, alone, rtol=1e-4)
+
+    caplog.set_level("INFO")
+    train.train(tiny(path, **whole | {"train.total_steps": 11}), tmp_path / "run")
+    assert (
+        "Saved on 8 devices (data 2 x fsdp 4), going on with 1 device" in caplog.text
+        and "not bit for bit" in caplog.text
+    )
+    said = go_on(16, 2, 13)
+    assert "Saved on 1 device, going on with 16 devices (data 8 x fsdp 2)" in said
+    assert [row["step"] for row in metrics.read(tmp_path / "run")] == list(range(1, 14))
+    # The whole position is how many samples each bucket has given: every one of them, whatever the devices.
+    folder = tmp_path / "run" / "checkpoints" / "13" / "data"
+    (kept,) = (json.loads(file.read_text()) for file in folder.iterdir() if file.name == "metadata")
+    assert sum(kept["position"]["taken"].values()) == 13 * 16
+
+
+if __name__ == "__main__":
+    main()
