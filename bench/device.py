@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from pathlib import Path
@@ -17,12 +18,13 @@ def processor() -> str:
 
 
 def path(name: str, device: str) -> Path:
-    """bench/results/NAME-DEVICE.json."""
-    return Path(__file__).parent / "results" / f"{name}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    """bench/results/NAME-DEVICE.json, or in the folder that JAXDIT_BENCH_RESULTS names."""
+    folder = Path(os.environ.get("JAXDIT_BENCH_RESULTS") or Path(__file__).parent / "results")
+    return folder / f"{name}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
 def write(name: str, device: str, result: dict) -> Path:
-    """bench/results/NAME-DEVICE.json, also printed."""
+    """The file of `path`, also printed."""
     text = json.dumps(result, indent=2)
     file = path(name, device)
     file.write_text(text + "\n", encoding="utf-8")

@@ -200,6 +200,7 @@ def table(found: Mapping[str, Any]) -> str:
 def main() -> int:
     options = flags.FLAGS
     config = importlib.import_module(f"configs.{options.config}").get_config()
+    config.model.layers = options.layers or config.model.layers
     if options.remat:
         config.model.remat = options.remat
     found = profile(config, options.resolution, options.micro_batch, options.text, options.updates)
@@ -207,7 +208,8 @@ def main() -> int:
     print(table(found))
     about = {
         "device": where,
-        "work": f"configs/{options.config}.py, {options.resolution} pixels a side, micro-batch {options.micro_batch}, "
+        "work": f"configs/{options.config}.py, {config.model.layers} layers, {options.resolution} pixels a side, micro-batch "
+        f"{options.micro_batch}, "
         f"text of {options.text} tokens, remat {config.model.remat}, {options.updates} updates",
         "jax": jax.__version__,
         "command": "python -m bench.profile_step " + " ".join(sys.argv[1:]),
@@ -222,5 +224,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("micro_batch", 8, "Images at a time.")
     flags.DEFINE_integer("text", 64, "Tokens that captions are padded to.")
     flags.DEFINE_enum("remat", None, ["none", "block"], "By default that of the configuration.")
+    flags.DEFINE_integer("layers", 0, "Of the model; 0: the configuration's.")
     flags.DEFINE_integer("updates", 3, "Updates that are traced.")
     commandline.run(main)

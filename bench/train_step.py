@@ -140,6 +140,7 @@ def serve(side: str) -> None:
     if options.cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # before any library counts them
     config = importlib.import_module(f"configs.{options.config}").get_config()
+    config.model.layers = options.layers or config.model.layers
     (resolution,), (micro_batch,) = map(int, options.resolutions), map(int, options.micro_batches)
     batch = noise(resolution, micro_batch, options.text)
     if side in PEERS:
@@ -172,7 +173,7 @@ class Side:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bench.train_step", f"--side={name}", f"--config={options.config}",
              f"--resolutions={resolution}", f"--micro_batches={micro_batch}", f"--text={options.text}",
-             f"--accumulation={options.accumulation}", f"--cores={options.cores}"],
+             f"--accumulation={options.accumulation}", f"--cores={options.cores}", f"--layers={options.layers}"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         )  # fmt: skip
         self.facts = self._answer()
@@ -297,8 +298,8 @@ def main() -> int:
     where = kind or device.processor()
     result = {
         "device": where if card else f"{where}, {options.cores or os.cpu_count()} cores",
-        "work": f"configs/{options.config}.py, {options.accumulation} micro-batches an update, text of {options.text} tokens: "
-        "forward, backward, clip, AdamW, average",
+        "work": f"configs/{options.config}.py, {f'{options.layers} layers, ' if options.layers else ''}"
+        f"{options.accumulation} micro-batches an update, text of {options.text} tokens: forward, backward, clip, AdamW, average",
         "products": "bfloat16 on every side" if card else "float32 on every side",
         "load before (1, 5, 15 minutes)": [round(value, 2) for value in load],
         "load after": [round(value, 2) for value in os.getloadavg()],
@@ -309,7 +310,7 @@ def main() -> int:
         "command": "python -m bench.train_step " + " ".join(sys.argv[1:]),
         "cases": cases,
     }
-    device.write(f"train-step-{options.config}", where, result)
+    device.write("-".join(filter(None, ["train-step", options.config, options.label])), where, result)
     return 0
 
 
@@ -327,6 +328,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "cores", 0, "Cores of the CPU for each side; 0: all. With one, CPU seconds compare on a busy machine."
     )
+    flags.DEFINE_integer("layers", 0, "Of every side's model; 0: the configuration's.")
+    flags.DEFINE_string("label", "", "In the result's name, to keep it beside others.")
     flags.DEFINE_float("memory_gb", None, "Memory of the card that every side may use, in 1e9 bytes.")
     flags.DEFINE_string("side", "", "Of a side's process: its name.")
     commandline.run(main)

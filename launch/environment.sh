@@ -1,9 +1,12 @@
 # Sourced by our scripts: makes .venv and installs requirements.txt into it, once for each content of that file.
+# With JAXDIT_CUDA=yes it gets requirements-cuda.txt as well, and PyTorch for CUDA; it then stays such an environment.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if ! command -v sha256sum >/dev/null; then sha256sum() { shasum -a 256 "$@"; }; fi
 
-if [ "$(cat .venv/installed 2>/dev/null)" != "$(sha256sum requirements.txt)" ]; then
+needed="requirements.txt"
+if [ -n "${JAXDIT_CUDA:-}" ] || [ -e .venv/cuda ]; then needed="requirements.txt requirements-cuda.txt"; fi
+if [ "$(cat .venv/installed 2>/dev/null)" != "$(sha256sum $needed)" ]; then
   python=""
   for candidate in python3.12 python3.11 python3.13 python3; do
     if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -18,7 +21,14 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$(sha256sum requirements.txt)" ]; 
   [ -x .venv/bin/python ] || "$python" -m venv .venv || exit 1
   torch="$(grep '^torch==' requirements.txt)"
   # The plain name on Linux pulls gigabytes of CUDA packages; PyTorch's own index has the small CPU build.
-  if .venv/bin/python -c 'import urllib.request as u; u.urlopen("https://download.pytorch.org/whl/cpu/torch/", timeout=5)' 2>/dev/null; then
+  if [ "$needed" != requirements.txt ]; then
+    echo "Installing $torch and JAX for CUDA (about 4 GB), then the rest of requirements.txt ..."
+    case "$(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)" in
+      *+cpu) .venv/bin/pip uninstall --quiet --yes torch || exit 1 ;; # would be taken for the wanted version
+    esac
+    .venv/bin/pip install --quiet --disable-pip-version-check "$torch" -r requirements-cuda.txt || exit 1
+    touch .venv/cuda
+  elif .venv/bin/python -c 'import urllib.request as u; u.urlopen("https://download.pytorch.org/whl/cpu/torch/", timeout=5)' 2>/dev/null; then
     echo "Installing $torch from PyTorch's index of CPU builds, then the rest of requirements.txt ..."
     .venv/bin/pip install --quiet --disable-pip-version-check --index-url https://download.pytorch.org/whl/cpu "$torch" || exit 1
   else
@@ -26,7 +36,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$(sha256sum requirements.txt)" ]; 
     .venv/bin/pip install --quiet --disable-pip-version-check "$torch" || exit 1
   fi
   .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt || exit 1
-  sha256sum requirements.txt > .venv/installed
+  sha256sum $needed > .venv/installed
 fi
 
 # XLA maps a step's temporaries afresh at every call: with huge pages a step takes a quarter less on the CPU.
