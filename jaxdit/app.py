@@ -125,7 +125,8 @@ def application(at: desk.Desk, host: str) -> Any:
             return missing
 
     words = {"title": "jaxdit", "favicon": easel.ICON, "dark": None, "show_welcome_message": False}
-    ui.run_with(app, root=lambda: easel.Easel(at), reconnect_timeout=AWAY, **words)
+    ui.page("/")(lambda: easel.Easel(at))
+    ui.run_with(app, reconnect_timeout=AWAY, **words)
     if _only_here(host):  # a page elsewhere that gives its own name this address gets no answer
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=HERE, www_redirect=False)
     app.add_middleware(Bounded)

@@ -214,7 +214,9 @@ class Desk:
             "scales": [order.text[0], order.vision[0]],
         }
         fields |= (
-            {"reference": [str(self.cabinet.reference(name)) for name in order.references]} if order.references else {}
+            {"reference": [str(self.cabinet.reference(name).resolve()) for name in order.references]}
+            if order.references
+            else {}
         )
         fields |= {"mix": [order.mix, 1 - order.mix]} if len(order.references) == 2 else {}
         fields |= {"size": order.size} if order.size else {}

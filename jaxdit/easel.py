@@ -53,7 +53,7 @@ class Easel:
                 self._result()
                 self._show_gallery()
         with ui.dialog() as self.dialog, ui.card().classes("large"):
-            self.large = ui.element("div").classes("stack")
+            self.large = ui.element("div").classes("both")
         ui.timer(TICK, self._tick)
         ui.context.client.on_delete(self._leave)
 
@@ -319,19 +319,20 @@ class Easel:
         self.large.clear()
         with self.large:
             _set(ui.element("img").classes("picture"), src=f"/picture/{quote(name)}", alt=said.get("prompt") or name)
-            ui.label(said.get("prompt") or "Without a prompt").classes("words")
-            with ui.element("div").classes("said"):
-                for key, words in KNOWN:
-                    if said.get(key):
-                        ui.label(words)
-                        ui.label(said[key]).classes("words")
-            if said.get("command"):
-                ui.label(said["command"]).classes("command")
-            with ui.element("div").classes("line flex-wrap"):
-                download = ui.button("Download PNG", icon="download").props("unelevated")
-                _set(download, href=f"/picture/{quote(name)}?download=1", download=name)
-                ui.button("Use these settings", on_click=lambda: self._use(name)).props("outline")
-                ui.button("Close", on_click=self.dialog.close).props("flat")
+            with ui.element("div").classes("stack"):
+                ui.label(said.get("prompt") or "Without a prompt").classes("words")
+                with ui.element("div").classes("said"):
+                    for key, words in KNOWN:
+                        if said.get(key):
+                            ui.label(words)
+                            ui.label(said[key]).classes("words")
+                if said.get("command"):
+                    ui.label(said["command"]).classes("command")
+                with ui.element("div").classes("line flex-wrap"):
+                    download = ui.button("Download PNG", icon="download").props("unelevated")
+                    _set(download, href=f"/picture/{quote(name)}?download=1", download=name)
+                    ui.button("Use these settings", on_click=lambda: self._use(name)).props("outline")
+                    ui.button(icon="close", on_click=self.dialog.close).props("flat dense round aria-label=Close")
         self.dialog.open()
 
     def _use(self, name: str) -> None:

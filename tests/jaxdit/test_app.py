@@ -1,0 +1,365 @@
+"""The desk behind the page, its gallery and its limits; the page itself is tested in a browser: test_app_browser.py."""
+
+import asyncio
+import io
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import app_run
+import numpy as np
+import pytest
+from absl import flags
+from app_run import LATER, STEP, picture
+from PIL import Image
+
+from encode.records import InputError
+from jaxdit import album, app, cabinet, conditions, desk, studio, trained
+
+ROOT = Path(__file__).parents[2]
+ORDER = desk.Order(prompt="a kite on the left", steps=3, size="64x64", text=(2.0,), vision=(1.5,))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return app_run.make(tmp_path_factory.mktemp("app"))
+
+
+@pytest.fixture
+def at(workdir, tmp_path):
+    gallery = tmp_path / "gallery"
+    gallery.mkdir()
+    found = desk.Desk(workdir, gallery, conditions.Cache(tmp_path / "cache"))
+    yield found
+    found.close(30)
+
+
+def ended(job, seconds=60):
+    until = time.monotonic() + seconds
+    while not job.ended:
+        assert time.monotonic() < until, job.phase
+        time.sleep(0.02)
+    return job
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+# The desk.
+
+
+def test_an_order_becomes_the_picture_that_its_command_draws_again(at, tmp_path):
+    names = tuple(at.cabinet.take_in(f"{k}.png", picture((k, 90, 60))) for k in (10, 240))
+    job = ended(at.take_order(replace(ORDER, references=names, mix=0.3, seed=5, solver="heun", at=(STEP,))))
+    assert not job.problems and job.done == 1 and job.phase.startswith("Done")
+    ((name,),) = job.names
+    said = album.read_settings(at.gallery / name)
+    assert said["prompt"] == ORDER.prompt and said["mix"] == "0.3,0.7" and said["step"] == str(STEP)
+    words = shlex.split(said["command"])[1:]
+    again = [sys.executable, *words, f"--cache={tmp_path / 'cache'}"]
+    subprocess.run(again, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    (drawn,) = (tmp_path / "again").glob("*.png")
+    assert album.read_settings(drawn) == said
+    assert np.abs(pixels(drawn) - pixels(at.gallery / name)).max() <= 1
+    assert np.ptp(pixels(drawn)) > 30
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"solver": "heun"}, {"solver": "adams", "interval": (0.2, 0.8)}, {"init": True}]
+)
+def test_a_watched_drawing_is_the_unwatched_one_and_shows_where_it_goes(workdir, options):
+    run = trained.load(workdir)
+    rng = np.random.default_rng(0)
+    texts = [rng.standard_normal((3, 128)).astype(np.float32)] * 2
+    given = trained.conditions_of(texts, [rng.standard_normal(16).astype(np.float32), None], run)
+    if options.pop("init", None):
+        options = {"init": rng.standard_normal((2, 8, 8, 16)), "strength": 0.6}
+    options = {"seed": [1, 2], "steps": 5, "shift": 3.0, "text": 2.0, "vision": 1.5} | options
+    seen = []
+
+    def watch(done, total, view):
+        seen.append((done, total, view()))
+
+    plain = trained.generate(run, given, (8, 8, 16), [0, 0], **options)
+    watched = trained.generate(run, given, (8, 8, 16), [0, 0], watch=watch, **options)
+    np.testing.assert_allclose(watched, plain, atol=1e-4)
+    count = 9 if options.get("solver") == "heun" else 5
+    assert [row[:2] for row in seen] == [(k, count) for k in range(1, count + 1)]
+    far = [np.abs(view - plain).mean() for _, _, view in seen]
+    assert far[-1] < 1e-4 and far[-2] < far[0]
+
+
+def test_weights_seeds_and_checkpoints_stand_side_by_side(at):
+    reference = at.cabinet.take_in("a.png", picture())
+    asked = replace(ORDER, references=(reference,))
+    weights = ended(at.take_order(replace(asked, text=(1.0, 2.0), vision=(1.0, 1.5, 3.0))))
+    assert weights.rows == ["prompt 1", "prompt 2"] and weights.columns == [
+        "reference 1",
+        "reference 1.5",
+        "reference 3",
+    ]
+    for row, text in zip(weights.names, ("1", "2")):
+        for name, vision in zip(row, ("1", "1.5", "3")):
+            said = album.read_settings(at.gallery / name)
+            assert (said["guidance_text"], said["guidance_vision"], said["seed"]) == (text, vision, "0")
+    through = ended(at.take_order(replace(asked, at=(STEP, LATER), count=2, seed=7)))
+    assert through.rows == ["seed 7", "seed 8"] and through.columns == [f"step {STEP}", f"step {LATER}"]
+    for row, seed in zip(through.names, ("7", "8")):
+        for name, step in zip(row, (STEP, LATER)):
+            said = album.read_settings(at.gallery / name)
+            assert (said["seed"], said["step"], said["weights"]) == (seed, str(step), "averaged")
+    raw = ended(at.take_order(replace(asked, raw=True)))
+    seeds = ended(at.take_order(replace(asked, count=2, size="48x80")))
+    assert seeds.columns == ["seed 0", "seed 1"] and pixels(at.gallery / seeds.names[0][1]).shape == (80, 48, 3)
+    every = [name for job in (weights, through, raw, seeds) for row in job.names for name in row]
+    assert not any(job.problems for job in (weights, through, raw, seeds)) and len({*every}) == 13
+    assert len({pixels(at.gallery / name).tobytes() for name in every}) == 13
+    assert set(at.cabinet.names(100)) == {*every} and len(at.cabinet.names(5)) == 5
+
+
+def test_what_is_there_is_not_drawn_again(at, monkeypatch):
+    first = ended(at.take_order(replace(ORDER, count=2)))
+    monkeypatch.setattr(trained, "generate", None)
+    again = ended(at.take_order(replace(ORDER, count=2)))
+    assert again.names == first.names and not again.problems
+
+
+def test_one_is_drawn_at_a_time_and_the_others_know_their_place(at, monkeypatch):
+    going, threads = threading.Event(), set()
+
+    def generate(run, given, shape, positions, *, watch, **options):
+        threads.add(threading.get_ident())
+        for done in range(1, 4):
+            watch(done, 3, lambda: np.zeros((len(positions), *shape), np.float32))
+            going.wait(30)
+        return np.zeros((len(positions), *shape), np.float32)
+
+    monkeypatch.setattr(trained, "generate", generate)
+    jobs = [at.take_order(replace(ORDER, seed=k)) for k in range(5)]
+    while not jobs[0].phase.startswith("Step 1 of 3"):
+        time.sleep(0.01)
+    assert [at.ahead(job) for job in jobs] == [0, 1, 2, 3, 4] and jobs[0].done == pytest.approx(1 / 3)
+    assert jobs[0].views[0][0][:2] == b"\xff\xd8"  # the first is seen early
+    at.cancel(jobs[1])
+    assert jobs[1].ended and [at.ahead(job) for job in jobs[2:]] == [1, 2, 3]
+    at.cancel(jobs[0])
+    going.set()
+    assert ended(jobs[0]).phase.startswith("Stopped") and jobs[0].names == [[None]]
+    assert all(ended(job).names != [[None]] and not job.problems for job in jobs[2:]) and len(threads) == 1
+    going.clear()
+    many = [at.take_order(replace(ORDER, seed=10 + k)) for k in range(desk.WAITING)]
+    with pytest.raises(InputError, match="are waiting already"):
+        for k in range(2):
+            many.append(at.take_order(replace(ORDER, seed=50 + k)))
+    for job in many:
+        at.cancel(job)
+    going.set()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"prompt": "x" * (desk.LETTERS + 1)}, "2,001 letters"),
+        ({"prompt": "\ud800"}, "not Unicode"),
+        ({"steps": 0}, "from 1 to 200"),
+        ({"steps": desk.STEPS + 1}, "from 1 to 200"),
+        ({"seed": -1}, "seeds go from 0"),
+        ({"seed": 2**32}, "seeds go from 0"),
+        ({"count": 0}, "at least 1 picture"),
+        ({"count": 37}, "more than 36 pictures"),
+        ({"text": (1.0,) * 7, "vision": (1.0,) * 7}, "more than 36 pictures"),
+        ({"text": ()}, "numbers from -100 to 100"),
+        ({"vision": (float("nan"),)}, "numbers from -100 to 100"),
+        ({"text": (1.0, float("inf"))}, "numbers from -100 to 100"),
+        ({"size": "65x64"}, "multiples of 16"),
+        ({"solver": "magic"}, "'magic' is unknown"),
+        ({"at": (7,)}, r"step 7 has no averaged weights \(any more\); there are 40, 60"),
+        ({"references": ("../../run/config.json",)}, "no longer in the gallery"),
+        ({"references": (".hidden",)}, "no longer in the gallery"),
+        ({"mix": 1.5}, "from 0 to 1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_a_sentence(at, change, words):
+    with pytest.raises(InputError, match=words):
+        at.take_order(replace(ORDER, **change))
+
+
+def test_whatever_happens_the_next_order_is_drawn(at, monkeypatch, caplog):
+    def draw(self, *arguments, **options):
+        raise RuntimeError("the card is gone\nand more")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(studio.Studio, "draw", draw)
+        assert ended(at.take_order(ORDER)).problems == ["RuntimeError: the card is gone"]
+    kept = at.cabinet.take_in("a.png", picture())
+    (at.gallery / "references" / kept).write_bytes(picture()[:50])  # damaged since
+    job = ended(at.take_order(replace(ORDER, references=(kept,), seed=1)))
+    assert len(job.problems) == 1 and "truncated" in job.problems[0] and job.names == [[None]]
+    job = ended(at.take_order(ORDER))
+    assert not job.problems and job.names != [[None]]
+
+
+def test_control_characters_and_lines_of_a_prompt_become_spaces(at):
+    job = ended(at.take_order(replace(ORDER, prompt="a kite\n\ton\x00 the\x85 left 🪁‍🔥 ")))
+    assert not job.problems
+    assert album.read_settings(at.gallery / job.names[0][0])["prompt"] == "a kite on the left 🪁‍🔥"
+
+
+def test_settings_come_back_from_an_entry(at):
+    kept = tuple(at.cabinet.take_in(f"{k}.jpg", picture((k, 0, 0), kind="JPEG")) for k in (1, 200))
+    asked = replace(ORDER, references=kept, mix=0.25, seed=3, size="48x80", solver="euler", at=(STEP,), raw=True)
+    ((name,),) = ended(at.take_order(asked)).names
+    assert at.order_of(name) == (asked, [])
+    (at.gallery / "references" / kept[1]).unlink()
+    order, notes = at.order_of(name)
+    assert order == replace(asked, references=kept[:1], mix=0.5) and "is not in this gallery" in notes[0]
+    settings = album.read_settings(at.gallery / name)
+    with Image.open(at.gallery / name) as image:
+        hurt = settings | {
+            "step": "7",
+            "reference_hash": "../* + ",
+            "guidance_text": "nan",
+            "size": "9x9",
+            "solver": "?",
+        }
+        at_album = album.Album(at.gallery)
+        at_album.save("hurt.png", image.copy(), hurt | {"init": "sketch.png", "mix": "x", "seed": "inf"})
+    order, notes = at.order_of("hurt.png")
+    assert (order.at, order.raw, order.references, order.size, order.seed) == ((LATER,), False, (), "", 0)
+    assert len(notes) == 3 and order.text == (at.config["sample"]["text_guidance"],)
+
+
+# The gallery's files and what people bring.
+
+
+def huge():
+    """A PNG whose header claims more pixels than are taken."""
+    import struct
+    import zlib
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + picture()[33:]
+
+
+@pytest.mark.parametrize(
+    "name, data, words",
+    [
+        ("a.png", lambda: b"\0" * (cabinet.UPLOAD_BYTES + 1), "at most 40 MiB"),
+        ("a.png", lambda: b"", "the file is empty"),
+        ("a.png", lambda: b"hello", "not a picture in a format that can be read"),
+        ("a.svg", lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "drawing of lines"),
+        ("a.png", huge, "too many pixels: 50000 x 50000, the limit is 100000000"),
+        ("a.jpg", lambda: picture(size=(400, 400), kind="JPEG")[:600], "truncated"),
+        ("a.png", lambda: picture(size=(9, 9)), "too small"),
+    ],
+)
+def test_what_is_no_usable_picture_is_refused_and_leaves_nothing(at, name, data, words):
+    with pytest.raises(InputError, match=words):
+        at.cabinet.take_in(name, data())
+    assert not [*at.gallery.rglob("*.*")]
+
+
+def test_a_decoder_that_dies_takes_nobody_with_it(at, monkeypatch):
+    monkeypatch.setattr(cabinet, "UPLOAD_SECONDS", 1.0)
+    monkeypatch.setattr(cabinet, "UPLOAD_MEMORY", 64)
+    with pytest.raises(InputError, match=r"decode_memory|died of it"):
+        at.cabinet.take_in("a.png", picture(size=(9_900, 9_900)))
+    assert at.cabinet.take_in("a.png", picture()).endswith(".png")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a", "../../a.png", "a.p/../ng", ".png", "a." + "x" * 300, "a.é", "a.png\0"])
+def test_only_the_suffix_of_a_name_counts(at, name):
+    kept = at.cabinet.take_in(name, picture())
+    assert re.fullmatch(r"[0-9a-f]{16}(\.\w{1,5})?", kept) and kept == at.cabinet.take_in(name, picture())
+    assert [path.name for path in (at.gallery / "references").iterdir()] == [kept]
+    assert Image.open(io.BytesIO(at.cabinet.look(kept))).format == "JPEG"
+
+
+def test_only_pictures_of_the_gallery_are_given_out(at):
+    (at.gallery / "secret.txt").write_text("x")
+    (at.gallery.parent / "outside.png").write_bytes(picture())
+    (at.gallery / "broken.png").write_bytes(b"x")
+    (at.gallery / "sheet.png").write_bytes(picture())
+    album.Album(at.gallery).save("grid-a.png", Image.new("RGB", (8, 8)), {"seed": "0", "guidance_text": "1,2"})
+    album.Album(at.gallery).save("grid-of-streets-s0.png", Image.new("RGB", (32, 32)), {"seed": "0"})
+    assert at.cabinet.names(9) == ["grid-of-streets-s0.png"]
+    for name in ("secret.txt", "../outside.png", "nothing.png", ".a.png", "", "/etc/passwd"):
+        assert at.cabinet.path(name) is None and at.cabinet.small(name) is None and at.cabinet.settings(name) == {}
+    assert at.cabinet.small("broken.png") is None
+    assert at.cabinet.small("grid-of-streets-s0.png")[:2] == b"\xff\xd8"
+
+
+# The server's edge, without the page.
+
+
+def ask(body, headers=(), limit=app.BODY):
+    """What Bounded answers to a request in chunks: (status, what the application read)."""
+    chunks, sent, read = iter(body), [], []
+
+    async def inner(scope, receive, send):
+        while (message := await receive())["body"]:
+            read.append(len(message["body"]))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive():
+        return {"type": "http.request", "body": next(chunks, b"")}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app.Bounded(inner)({"type": "http", "headers": list(headers)}, receive, send))
+    return sent[0]["status"], sum(read)
+
+
+def test_a_request_beyond_the_limit_ends_whether_it_says_so_or_not():
+    piece = b"\0" * 2**20
+    assert ask([piece] * 3) == (200, 3 * 2**20)
+    assert ask([piece], [(b"content-length", str(app.BODY + 1).encode())]) == (413, 0)
+    status, read = ask([piece] * 1000)
+    assert status == 413 and app.BODY - 2**20 <= read <= app.BODY
+    status, read = ask([piece] * 1000, [(b"content-length", b"5")])  # a lie
+    assert status == 413 and read <= app.BODY
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """The command's main with flags of its own."""
+
+    def run(*arguments):
+        values = flags.FlagValues()
+        monkeypatch.setattr(flags, "FLAGS", values)
+        for name in ("string", "integer"):
+            real = getattr(sys.modules["absl.flags"], f"DEFINE_{name}")
+            monkeypatch.setattr(flags, f"DEFINE_{name}", lambda *a, real=real, **k: real(*a, flag_values=values, **k))
+        app.define_flags()
+        values(["app", *arguments])
+        return app.main()
+
+    return run
+
+
+def test_without_nicegui_the_command_says_how_to_get_it(call, monkeypatch, workdir):
+    monkeypatch.setitem(sys.modules, "nicegui", None)
+    with pytest.raises(InputError, match=r"needs nicegui, .*pip install -r .*requirements-app\.txt$"):
+        call(f"--workdir={workdir}")
+    assert re.fullmatch(r"(#.*\n)*nicegui==\S+\n", app.NEEDED.read_text())
+
+
+def test_a_port_that_is_taken_and_an_address_that_is_not_ours_are_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=r"--port=\d+: this port is taken"):
+        app._listen("127.0.0.1", taken.getsockname()[1])
+    for host in ("192.0.2.1", "no.such.host.invalid"):
+        with pytest.raises(InputError, match=f"--host={host}: nothing can listen there"):
+            app._listen(host, 0)
+    with app._listen("127.0.0.1", 0) as free:
+        assert free.getsockname()[1] > 0
