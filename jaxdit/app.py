@@ -24,7 +24,7 @@ from absl import flags
 
 from encode import commandline
 from encode.records import InputError, only_one
-from jaxdit import cabinet, conditions, desk
+from jaxdit import cabinet, conditions, desk, trained
 
 NEEDED = Path(__file__).parents[1] / "requirements-app.txt"
 HERE = ("127.0.0.1", "localhost")
@@ -58,13 +58,12 @@ def main() -> int:
         try:
             return _serve(workdir, gallery, listening, stack)
         except KeyboardInterrupt:
-            print("Stopped before the page was there.")
+            print("Stopped.")
             return 0
 
 
 def _serve(workdir: Path, gallery: Path, listening: socket.socket, stack: contextlib.ExitStack) -> int:
-    import uvicorn
-
+    trained.describe(workdir)  # or a folder that does not exist would get a gallery
     try:
         stack.enter_context(only_one(gallery))
     except OSError as error:
@@ -72,6 +71,8 @@ def _serve(workdir: Path, gallery: Path, listening: socket.socket, stack: contex
             f"--gallery={gallery}: this folder cannot be made or written to ({error.strerror})."
         ) from error
     at = desk.Desk(workdir, gallery, conditions.Cache(conditions.cache_folder(flags.FLAGS.cache)))
+    import uvicorn
+
     host, port = listening.getsockname()[:2]
     config = uvicorn.Config(application(at, host), log_level="error", access_log=False, timeout_graceful_shutdown=1)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"

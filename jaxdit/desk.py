@@ -74,7 +74,7 @@ class Job:
 
     order: Order
     wishes: list[wishes.Wish]
-    places: list[list[int]]  # [row][column] -> place among the wishes of a checkpoint; with several of them see `cell`
+    places: list[list[int]]  # [row][column] -> place among the wishes of a checkpoint; with several of them see `cells`
     rows: list[str]
     columns: list[str]
     names: list[list[str | None]] = field(default_factory=list)

@@ -1,6 +1,7 @@
 """The desk behind the page, its gallery and its limits; the page itself is tested in a browser: test_app_browser.py."""
 
 import asyncio
+import functools
 import io
 import os
 import re
@@ -12,6 +13,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import app_run
 import numpy as np
@@ -73,9 +75,7 @@ def test_an_order_becomes_the_picture_that_its_command_draws_again(at, tmp_path)
     assert np.ptp(pixels(drawn)) > 30
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"solver": "heun"}, {"solver": "adams", "interval": (0.2, 0.8)}, {"init": True}]
-)
+@pytest.mark.parametrize("options", [{"solver": "heun"}, {"solver": "adams", "interval": (0.2, 0.8)}, {"init": True}])
 def test_a_watched_drawing_is_the_unwatched_one_and_shows_where_it_goes(workdir, options):
     run = trained.load(workdir)
     rng = np.random.default_rng(0)
@@ -101,14 +101,10 @@ def test_a_watched_drawing_is_the_unwatched_one_and_shows_where_it_goes(workdir,
 def test_weights_seeds_and_checkpoints_stand_side_by_side(at):
     reference = at.cabinet.take_in("a.png", picture())
     asked = replace(ORDER, references=(reference,))
-    weights = ended(at.take_order(replace(asked, text=(1.0, 2.0), vision=(1.0, 1.5, 3.0))))
-    assert weights.rows == ["prompt 1", "prompt 2"] and weights.columns == [
-        "reference 1",
-        "reference 1.5",
-        "reference 3",
-    ]
-    for row, text in zip(weights.names, ("1", "2")):
-        for name, vision in zip(row, ("1", "1.5", "3")):
+    weights = ended(at.take_order(replace(asked, text=(2.0, 3.0), vision=(1.5, 4.0))))
+    assert weights.rows == ["prompt 2", "prompt 3"] and weights.columns == ["reference 1.5", "reference 4"]
+    for row, text in zip(weights.names, ("2", "3")):
+        for name, vision in zip(row, ("1.5", "4")):
             said = album.read_settings(at.gallery / name)
             assert (said["guidance_text"], said["guidance_vision"], said["seed"]) == (text, vision, "0")
     through = ended(at.take_order(replace(asked, at=(STEP, LATER), count=2, seed=7)))
@@ -121,8 +117,8 @@ def test_weights_seeds_and_checkpoints_stand_side_by_side(at):
     seeds = ended(at.take_order(replace(asked, count=2, size="48x80")))
     assert seeds.columns == ["seed 0", "seed 1"] and pixels(at.gallery / seeds.names[0][1]).shape == (80, 48, 3)
     every = [name for job in (weights, through, raw, seeds) for row in job.names for name in row]
-    assert not any(job.problems for job in (weights, through, raw, seeds)) and len({*every}) == 13
-    assert len({pixels(at.gallery / name).tobytes() for name in every}) == 13
+    assert not any(job.problems for job in (weights, through, raw, seeds)) and len({*every}) == 11
+    assert len({pixels(at.gallery / name).tobytes() for name in every}) == 11
     assert set(at.cabinet.names(100)) == {*every} and len(at.cabinet.names(5)) == 5
 
 
@@ -335,12 +331,13 @@ def test_a_request_beyond_the_limit_ends_whether_it_says_so_or_not():
 def call(monkeypatch):
     """The command's main with flags of its own."""
 
+    real = {name: getattr(flags, name) for name in ("DEFINE_string", "DEFINE_integer")}
+
     def run(*arguments):
         values = flags.FlagValues()
         monkeypatch.setattr(flags, "FLAGS", values)
-        for name in ("string", "integer"):
-            real = getattr(sys.modules["absl.flags"], f"DEFINE_{name}")
-            monkeypatch.setattr(flags, f"DEFINE_{name}", lambda *a, real=real, **k: real(*a, flag_values=values, **k))
+        for name, define in real.items():
+            monkeypatch.setattr(flags, name, functools.partial(define, flag_values=values))
         app.define_flags()
         values(["app", *arguments])
         return app.main()
@@ -355,8 +352,21 @@ def test_without_nicegui_the_command_says_how_to_get_it(call, monkeypatch, workd
     assert re.fullmatch(r"(#.*\n)*nicegui==\S+\n", app.NEEDED.read_text())
 
 
+def test_a_wrong_folder_is_named_and_gets_no_gallery(call, monkeypatch, workdir, tmp_path):
+    monkeypatch.setitem(sys.modules, "nicegui", ModuleType("nicegui"))
+    with pytest.raises(InputError, match=r"config\.json is missing, so this is not a working folder"):
+        call(f"--workdir={tmp_path / 'none'}", "--port=0")
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"--gallery=.*: this folder cannot be made or written to"):
+        call(f"--workdir={workdir}", f"--gallery={tmp_path / 'file'}", "--port=0")
+
+
 def test_a_port_that_is_taken_and_an_address_that_is_not_ours_are_named():
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=r"--port=\d+: this port is taken"):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(InputError, match=r"--port=\d+: this port is taken"),
+    ):
         app._listen("127.0.0.1", taken.getsockname()[1])
     for host in ("192.0.2.1", "no.such.host.invalid"):
         with pytest.raises(InputError, match=f"--host={host}: nothing can listen there"):
