@@ -67,7 +67,9 @@ def dtype(section: Mapping[str, Any]) -> torch.dtype:
     return getattr(torch, section.get("dtype", "float32"))
 
 
-def encode_text(section: Mapping[str, Any], tokenizer: Any, model: Any, prompts: Sequence[str]) -> list[Tensor]:
+def encode_text(
+    section: Mapping[str, Any], tokenizer: Any, model: Any, prompts: Sequence[str], device: torch.device
+) -> list[Tensor]:
     """One [tokens, width] float32 a sentence, cut after max_tokens, rounded to bfloat16 as the training data are."""
     if section["name"] == "demo":
         from torch_dit import demo_encoders  # beside this file in an exported folder whose model needs it
@@ -79,15 +81,15 @@ def encode_text(section: Mapping[str, Any], tokenizer: Any, model: Any, prompts:
         found = []
         for prompt in prompts:
             ids = tokenizer(prompt, truncation=True, max_length=section["max_tokens"], return_tensors="pt").input_ids
-            states = model(input_ids=ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device))
+            states = model(input_ids=ids.to(device), attention_mask=torch.ones_like(ids).to(device))
             found.append(states.last_hidden_state[0])
-    return [tokens.to(torch.bfloat16).float() for tokens in found]
+    return [tokens.to(device, torch.bfloat16).float() for tokens in found]
 
 
-def encode_vision(section: Mapping[str, Any], model: Any, picture: Any) -> Tensor:
+def encode_vision(section: Mapping[str, Any], model: Any, picture: Any, device: torch.device) -> Tensor:
     """[width] float32, raw, of a picture: a PIL image or a [height, width, 3] uint8 array; a vector stays what it is."""
     if isinstance(picture, Tensor) or (isinstance(picture, np.ndarray) and picture.ndim == 1):
-        return torch.as_tensor(picture, dtype=torch.float32)
+        return torch.as_tensor(picture, dtype=torch.float32).cpu()
     image = upright(picture) if isinstance(picture, Image.Image) else Image.fromarray(picture)
     if section["name"] == "demo":
         from torch_dit import demo_encoders
@@ -103,19 +105,19 @@ def encode_vision(section: Mapping[str, Any], model: Any, picture: Any) -> Tenso
     size = [max(1, round(side * scale / step)) * step for side in image.size]
     pixels = np.asarray(image.resize(size, settings["resample"]), np.float32) * settings["rescale_factor"]
     values = (pixels - np.float32(settings["image_mean"])) / np.float32(settings["image_std"])
-    values = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)[None].to(model.device, model.dtype)
-    return model(pixel_values=values).pooler_output[0].float()
+    values = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)[None].to(device, model.dtype)
+    return model(pixel_values=values).pooler_output[0].float().cpu()
 
 
 def decode(section: Mapping[str, Any], vae: Any, latents: Tensor) -> np.ndarray:
-    """[b, channels, h, w] raw latents -> [b, 8h, 8w, 3] uint8 sRGB."""
+    """[b, channels, h, w] raw latents on the device that computes -> [b, 8h, 8w, 3] uint8 sRGB."""
     if section["name"] == "demo":
         from torch_dit import demo_encoders
 
         return demo_encoders.DemoVAE().decode(latents.permute(0, 2, 3, 1).float().cpu().numpy())
     if vae is None:
         raise ValueError('this pipeline has no VAE; give one, or ask for output_type="latent".')
-    values = torch.cat([vae.decode(one[None].to(vae.device, vae.dtype)).sample for one in latents])
+    values = torch.cat([vae.decode(one[None].to(vae.dtype)).sample for one in latents])
     return ((values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 

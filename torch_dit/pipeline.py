@@ -145,33 +145,22 @@ class JaxditPipeline(DiffusionPipeline):
           ValueError: a size or weight that cannot be.
         """
         config, device = self.config, self._execution_device
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [one.strip() for one in ([prompt] if isinstance(prompt, str) else prompt)]
         width, height = width or config.size[0], height or config.size[1]
         unit = 8 * self.transformer.config.patch
         if width % unit or height % unit or min(width, height) < unit:
             raise ValueError(f"a picture of {width}x{height}: both sides must be multiples of {unit} pixels.")
-        text, length = self._text(prompts)
         vision = self._vision(reference, reference_weights)
-        guide = [config.guidance_text if guidance_text is None else guidance_text]
-        guide += [config.guidance_vision if guidance_vision is None else guidance_vision]
+        given, absent = self._conditions(prompts, vision, num_images_per_prompt)
+        text_weight = config.guidance_text if guidance_text is None else guidance_text
+        vision_weight = config.guidance_vision if guidance_vision is None else guidance_vision
         if vision is None:  # guidance by a condition that no picture has comes to nothing: fewer evaluations
-            guide[1] = 1.0
+            vision_weight = 1.0
         if not any(prompts):
-            guide[0] = guide[1]
-        terms = [
-            (drops, weight) for drops, weight in zip(TERMS, (1 - guide[1], guide[1] - guide[0], guide[0])) if weight
-        ]
-        count = len(prompts) * num_images_per_prompt
-        absent = torch.tensor([not one for one in prompts], device=device), torch.full((len(prompts),), vision is None)
-        given = {
-            "text": text,
-            "text_length": length,
-            "vision": torch.zeros(1, self.transformer.config.vision_width) if vision is None else vision[None],
-        }
-        given["vision"] = given["vision"].expand(len(prompts), -1)
-        given = {name: value.to(device).repeat_interleave(num_images_per_prompt, 0) for name, value in given.items()}
-        absent = [value.to(device).repeat_interleave(num_images_per_prompt, 0) for value in absent]
-        shape = (count, self.transformer.config.channels, height // 8, width // 8)
+            text_weight = vision_weight
+        weights = 1 - vision_weight, vision_weight - text_weight, text_weight
+        terms = [(drops, weight) for drops, weight in zip(TERMS, weights) if weight]
+        shape = (len(given["text"]), self.transformer.config.channels, height // 8, width // 8)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
@@ -188,14 +177,31 @@ class JaxditPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _conditions(
+        self, prompts: Sequence[str], vision: Tensor | None, copies: int
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """({text, text_length, vision}, [which have no text, which have no vision]), each prompt's copies side by side."""
+        text, length = self._text(prompts)
+        width = self.transformer.config.vision_width
+        given = {
+            "text": text,
+            "text_length": length,
+            "vision": (torch.zeros(width) if vision is None else vision).expand(len(prompts), -1),
+        }
+        absent = [torch.tensor([not one for one in prompts]), torch.full((len(prompts),), vision is None)]
+
+        def spread(value: Tensor) -> Tensor:
+            return value.to(self._execution_device).repeat_interleave(copies, 0)
+
+        return {name: spread(value) for name, value in given.items()}, [spread(value) for value in absent]
+
     def _text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """[b, tokens, width] zero-padded, and how many of them count; a sample without a sentence has one that does not."""
-        found = iter(encoders.encode_text(
-            self.config.encoders["text"], self.tokenizer, self.text_encoder, [one for one in prompts if one]
-        ) if any(prompts) else [])  # fmt: skip
-        none = torch.zeros(1, self.transformer.config.text_width)
+        device, section, said = self._execution_device, self.config.encoders["text"], [one for one in prompts if one]
+        found = iter(encoders.encode_text(section, self.tokenizer, self.text_encoder, said, device) if said else [])
+        none = torch.zeros(1, self.transformer.config.text_width, device=device)
         tokens = [next(found) if one else none for one in prompts]
-        padded = torch.nn.utils.rnn.pad_sequence([one.to(self._execution_device) for one in tokens], batch_first=True)
+        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         return padded, torch.tensor([len(one) for one in tokens])
 
     def _vision(self, reference: Any, weights: Sequence[float] | None) -> Tensor | None:
@@ -207,7 +213,9 @@ class JaxditPipeline(DiffusionPipeline):
         if len(weights) != len(references) or min(weights, default=0) < 0 or not sum(weights):
             raise ValueError(f"reference_weights={weights}: one a reference, from 0 up and not all 0, is wanted.")
         section = self.config.encoders["vision"]
-        vectors = [encoders.encode_vision(section, self.image_encoder, one).cpu() for one in references]
+        vectors = [
+            encoders.encode_vision(section, self.image_encoder, one, self._execution_device) for one in references
+        ]
         vector = sum(weight / sum(weights) * one for weight, one in zip(weights, vectors))
         if vector.shape != (width := self.transformer.config.vision_width,):
             raise ValueError(
@@ -225,9 +233,7 @@ class JaxditPipeline(DiffusionPipeline):
             for k, one in enumerate(absent)
         ]
         dtype = self.transformer.dtype
-        half = (
-            x.device.type == "cuda" and dtype == torch.float32
-        )  # weights stay float32, products are bfloat16, as in training
+        half = x.device.type == "cuda" and dtype == torch.float32  # as in training: only products are bfloat16
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             velocity = self.transformer(
                 x.repeat(n, 1, 1, 1).to(dtype),
@@ -248,4 +254,4 @@ class JaxditPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """[b, channels, h, w] raw latents -> [b, 8h, 8w, 3] uint8 sRGB."""
-        return encoders.decode(self.config.encoders["vae"], self.vae, latents)
+        return encoders.decode(self.config.encoders["vae"], self.vae, latents.to(self._execution_device))

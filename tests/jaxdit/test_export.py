@@ -37,17 +37,24 @@ def workdir(tmp_path_factory):
     return exported_run.make(root / "run", exported_run.demo_dataset(root / "64"))
 
 
+def command(*arguments):
+    words = [sys.executable, "-m", "jaxdit.export", *arguments]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def exported(workdir):
     out = workdir.parent / "exported"
-    export.export(workdir, out)
+    done = command(f"--workdir={workdir}", f"--out={out}")
+    assert done.returncode == 0 and "step 40, averaged weights" in done.stdout, done.stderr
     return out
 
 
 @pytest.fixture(scope="module")
 def imported(exported):
     new = exported.parent / "imported"
-    assert export.take_in(exported, new) == exported_run.STEP
+    done = command(f"--import={exported}", f"--workdir={new}")
+    assert done.returncode == 0 and "step 40" in done.stdout, done.stderr
     return new
 
 
@@ -113,12 +120,12 @@ print(sorted(name for name in ("jax", "jaxdit", "encode") if sys.modules.get(nam
 """)  # fmt: skip
     assert said.splitlines()[-1] == "[]"
     assert [path.name for path in sorted((tmp_path / "cli").glob("*.png"))] == ["0.png", "1.png"]
-    command = [sys.executable, "-m", "jaxdit.sample", f"--workdir={imported}", f"--out={tmp_path / 'ours'}", "--cache="]
-    command += ["--steps=3", "--solver=euler", f"--prompts={tmp_path / 'list.jsonl'}"]
+    words = [sys.executable, "-m", "jaxdit.sample", f"--workdir={imported}", f"--out={tmp_path / 'ours'}", "--cache="]
+    words += ["--steps=3", "--solver=euler", f"--prompts={tmp_path / 'list.jsonl'}"]
     row = {"prompt": PROMPT, "seed": SEED, "size": "{}x{}".format(*SIZE)}
     rows = [row | {"reference": str(reference), "scales": [3.0, 1.5]}, row]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     files = [entry["file"] for entry in json.loads((tmp_path / "ours" / "samples.json").read_text())]
     pictures = []
@@ -343,12 +350,6 @@ assert (alone["samples"] - other["samples"]).abs().max() > 0.05
 """)  # fmt: skip
 
 
-def test_the_command_ends_with_its_exit_codes(workdir, tmp_path):
-    def call(*arguments):
-        words = [sys.executable, "-m", "jaxdit.export", *arguments]
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-
-    done = call(f"--workdir={workdir}", f"--out={tmp_path / 'out'}")
-    assert done.returncode == 0 and "step 40, averaged weights" in done.stdout, done.stderr
-    wrong = call(f"--import={tmp_path / 'out' / 'transformer'}", f"--workdir={tmp_path / 'new'}")
+def test_a_wrong_call_ends_with_exit_code_2(exported, tmp_path):
+    wrong = command(f"--import={exported / 'transformer'}", f"--workdir={tmp_path / 'new'}")
     assert wrong.returncode == 2 and "export.json is missing" in wrong.stderr
