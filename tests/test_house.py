@@ -18,7 +18,19 @@ FLOORS = [
     {"model", "flow", "sampler", "optim", "data", "checkpoint", "mesh", "workdir", "report", "card", "estimate"},
     {"standing"},
     {"metrics", "health", "charts", "gallery", "judge"},
-    {"boards", "past", "page", "decode_previews", "wishes", "sheet", "likeness", "advice", "attention", "state_dict"},
+    {
+        "boards",
+        "past",
+        "page",
+        "decode_previews",
+        "wishes",
+        "sheet",
+        "likeness",
+        "quality",
+        "advice",
+        "attention",
+        "state_dict",
+    },
 ]
 SHARED = {"encode.records", "encode.commandline"}  # what both halves import
 EDGE = {
