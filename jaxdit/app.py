@@ -30,6 +30,7 @@ NEEDED = Path(__file__).parents[1] / "requirements-app.txt"
 HERE = ("127.0.0.1", "localhost")
 BODY = cabinet.UPLOAD_BYTES + 2**16  # bytes of a request: a picture and what frames it
 AWAY = 15.0  # seconds that a browser may be out of reach before its drawing is dropped
+STAYS = {"Cache-Control": "private, max-age=3600"}  # a small picture, for the browser
 LEAVING = 10.0  # seconds that the evaluation in hand has to end
 
 
@@ -116,12 +117,12 @@ def application(at: desk.Desk, host: str) -> Any:
     @app.get("/small/{name}")
     def small(name: str):
         found = at.cabinet.small(name)
-        return missing if found is None else Response(found, media_type="image/jpeg")
+        return missing if found is None else Response(found, media_type="image/jpeg", headers=STAYS)
 
     @app.get("/reference/{name}")
     def reference(name: str):
         try:
-            return Response(at.cabinet.look(name), media_type="image/jpeg")
+            return Response(at.cabinet.look(name), media_type="image/jpeg", headers=STAYS)
         except InputError:
             return missing
 

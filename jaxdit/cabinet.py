@@ -97,6 +97,13 @@ class Cabinet:
         ordered = (name for _, name in sorted(found, reverse=True))
         return list(itertools.islice((name for name in ordered if _is_one_picture(self.settings(name))), most))
 
+    def stamp(self) -> int:
+        """A number that changes when pictures come or go."""
+        try:
+            return self.folder.stat().st_mtime_ns
+        except OSError:  # the folder was taken away
+            return 0
+
     def path(self, name: str) -> Path | None:
         """The file of a picture of the gallery; None for any other name."""
         path = self.folder / name

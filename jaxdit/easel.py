@@ -223,7 +223,7 @@ class Easel:
                 self.button.enable()
                 for element in (self.stop, self.bar):
                     element.set_visibility(False)
-        state = self.desk.gallery.stat().st_mtime_ns
+        state = self.desk.cabinet.stamp()
         if state != self.seen:
             self.seen = state
             self._fill_gallery()

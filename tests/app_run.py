@@ -1,6 +1,8 @@
 """A working folder with random weights at two steps and two buckets, and pictures to bring, for tests of the page."""
 
 import io
+import struct
+import zlib
 
 import exported_run
 import jax
@@ -30,3 +32,10 @@ def picture(colour=(200, 30, 60), size=(40, 60), kind="PNG"):
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, kind)
     return buffer.getvalue()
+
+
+def huge():
+    """A PNG whose header claims more pixels than are taken."""
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + picture()[33:]

@@ -19,7 +19,7 @@ import app_run
 import numpy as np
 import pytest
 from absl import flags
-from app_run import LATER, STEP, picture
+from app_run import LATER, STEP, huge, picture
 from PIL import Image
 
 from encode.records import InputError
@@ -235,16 +235,6 @@ def test_settings_come_back_from_an_entry(at):
 
 
 # The gallery's files and what people bring.
-
-
-def huge():
-    """A PNG whose header claims more pixels than are taken."""
-    import struct
-    import zlib
-
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + picture()[33:]
 
 
 @pytest.mark.parametrize(
