@@ -67,7 +67,8 @@ class Easel:
         self.drop = ui.upload(
             label="Drop a reference, or choose one", auto_upload=True, on_upload=self._bring, max_file_size=cabinet.UPLOAD_BYTES,
             on_rejected=lambda: self._refuse(f"That file is too large: at most {cabinet.UPLOAD_BYTES / 2**20:.0f} MiB."),
-        ).classes("drop").props("flat").on("failed", lambda: self._refuse("The file did not arrive; it may be too large."))  # fmt: skip
+        ).classes("drop").props("flat")  # fmt: skip
+        self.drop.on("failed", lambda: self._refuse("The file did not arrive; it may be too large."))
         self.mix = self._slider("Mix of the two references", 0, 1, 0.05, 0.5, lambda v: f"{v:.0%} : {1 - v:.0%}")
         self.size = ui.select({name: _shape(name) for name in self.desk.shapes.buckets}, label="Shape", value=usual)
         self.size.props("outlined dense options-dense").classes("w-full")
