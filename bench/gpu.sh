@@ -165,7 +165,7 @@ if [ -n "$smallest" ]; then
 else
   # The most wanted first. Micro-batches are those of configs/, or what PyTorch, which keeps everything, has room for.
   stepping=(--memory_gb="$memory_gb" --rounds=3 --updates=3 --text=128)
-  part attention 60 $python -m bench.attention --seconds=0.3
+  part attention 60 $python -m bench.attention --tokens=247,256,1024,4096 --seconds=0.3 # 208x304 pixels are 13 x 19 tokens
   [ "$count" -eq 1 ] || part devices 90 bash -c devices
   step full 1024 8 block none 50
   step full 512 4 none,block torch_dit 110
