@@ -132,7 +132,7 @@ PYTHON
 }
 
 plan() { # twenty real updates a bucket, beside what the plan estimates
-  $python -m jaxdit.plan --measure "$@" --config=configs/nano.py >"$out/plan-nano.txt" && cat "$out/plan-nano.txt"
+  $python -m jaxdit.plan --measure --config=configs/nano.py "$@" >"$out/plan-nano.txt" && cat "$out/plan-nano.txt"
 }
 
 nano_run() { # nano_run COUNT SIZE [OVERRIDES]: the README's way on the generated photographs: encode, train, gate
@@ -156,7 +156,7 @@ if [ -n "$smallest" ]; then
   step nano 32 1 none "torch_dit eager" 30
   step full 32 1 block "torch_dit eager" 30
   part profile-nano 30 $python -m bench.profile_step --config=nano --layers=1 --resolution=32 --micro_batch=1 --text=8
-  part plan 30 bash -c 'plan "$@"' - --resolution=32 "${few[@]}"
+  part plan 30 bash -c 'plan "$@"' - --resolution=64 "${few[@]}"
   part loader 20 $python -m bench.loader --resolutions=256 --samples=32 --rounds=1
   if [ -n "$nano" ]; then
     minutes=$((minutes + 10))
