@@ -140,7 +140,7 @@ def drawn(page, count=1):
 
 def fits(page):
     """Nothing has to be scrolled sideways."""
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
 
 
 def ask_for_much(page, seed=0):
