@@ -35,10 +35,9 @@ def acted(tmp_path):
         if not card:
             (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/bash\nexit 9\n")
         environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
+        environment |= {"TMPDIR": str(tmp_path), "FAILS": ""} | settings
         command = [SCRIPT, f"--python={tmp_path}/bin/acted", f"--out={tmp_path}/out", *arguments]
-        ended = subprocess.run(
-            command, env=environment | {"FAILS": ""} | settings, capture_output=True, text=True, timeout=60
-        )
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         log = tmp_path / "log"
         return ended, log.read_text() if log.exists() else ""
 
