@@ -50,7 +50,7 @@ fi
 
 if [ -n "$given" ]; then
   python="$given"
-  cd "$(dirname "$0")/.."
+  cd "$(dirname "$0")/.." || exit 1
 else
   [ -n "$smallest" ] || export JAXDIT_CUDA=yes
   source "$(dirname "$0")/../launch/environment.sh"

@@ -1,6 +1,6 @@
 # Sourced by our scripts: makes .venv and installs requirements.txt into it, once for each content of that file.
 # With JAXDIT_CUDA=yes it gets requirements-cuda.txt as well, and PyTorch for CUDA; it then stays such an environment.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 if ! command -v sha256sum >/dev/null; then sha256sum() { shasum -a 256 "$@"; }; fi
 

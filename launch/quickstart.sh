@@ -63,7 +63,7 @@ fi
 stage "train" $python -m jaxdit.main "${training[@]}"
 
 # What the gate and the samples were made from: the newest checkpoint of this very run.
-newest="$(ls "$out/run/checkpoints" | grep -E '^[0-9]+$' | sort -n | tail -1) $(cksum < "$out/run/config.json")"
+newest="$(cd "$out/run/checkpoints" && printf '%s\n' * | grep -E '^[0-9]+$' | sort -n | tail -1) $(cksum < "$out/run/config.json")"
 done_for() { [ "$(cat "$1" 2>/dev/null)" = "$newest" ]; } # whether a stage has been done for the newest checkpoint
 
 code=0
