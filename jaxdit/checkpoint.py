@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from encode.records import InputError
+from jaxdit import processes
 
 SNAPSHOTS, LONG_INTERVAL = 10, 50_000  # EMA snapshots kept: the newest ten, and one in so many steps for good
 ITEMS = ("state", "ema", "data")
@@ -40,13 +41,16 @@ class Checkpoints:
       workdir: the working folder.
       every: distance of the EMA snapshots, in steps.
       keep: number of newest steps that stay resumable.
+
+    Of many processes each writes and reads its part; all call save, wait, landed and restore alike, and what fails in one
+    fails in all.
     """
 
     def __init__(self, workdir: str | Path, *, every: int, keep: int):
         self.folder = Path(workdir).resolve() / "checkpoints"
         self.every, self.keep = every, keep
         self.failures = 0  # saves in a row that did not land
-        self._sweep()  # of a process that was killed; the folder is locked, so not in use
+        processes.lead(self._sweep)  # of a process that was killed; the folder is locked, so not in use
         self._writer, self._landing = _writer(), None
 
     def steps(self, item: str = "state") -> list[int]:
@@ -64,33 +68,40 @@ class Checkpoints:
         self.wait()
         with self._telling_failures():
             self._landing = step
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.failures:  # on a full disk, the half that was written is what this save needs
-                self._sweep()
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state, ema)))
-            free = shutil.disk_usage(self.folder).free
-            if free < needed:
-                raise OSError(f"it takes {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free")
-            if not self._complete(step):
-                _remove(self.folder / str(step))  # a snapshot of an earlier pass over this step, without its state
+            if processes.lead(functools.partial(self._make_room, step, needed)):
                 items = ocp.args.Composite(
                     state=ocp.args.StandardSave(state), ema=ocp.args.StandardSave(ema), data=ocp.args.JsonSave(data)
                 )
-                self._writer.save(self.folder / str(step), args=items)
+                processes.jointly(lambda: self._writer.save(self.folder / str(step), args=items))
+
+    def _make_room(self, step: int, needed: int) -> bool:
+        """Whether the step is still to be written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.failures:  # on a full disk, the half that was written is what this save needs
+            self._sweep()
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(f"it takes {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free")
+        if self._complete(step):
+            return False
+        _remove(self.folder / str(step))  # a snapshot of an earlier pass over this step, without its state
+        return True
 
     def check(self) -> None:
-        """Tell a background save that has failed; raises SaveFailed at the third in a row."""
-        with self._telling_failures():
-            self._writer.check_for_errors()
+        """Tell a background save that has failed; raises SaveFailed at the third in a row. Of many processes, `wait` tells."""
+        if jax.process_count() == 1:
+            with self._telling_failures():
+                self._writer.check_for_errors()
 
     def wait(self) -> None:
         """Wait for the save in hand, then remove what is no longer kept; raises SaveFailed at the third failure in a row."""
         with self._telling_failures():
-            self._writer.wait_until_finished()
-            if self._landing is not None and self._complete(self._landing):
+            processes.jointly(self._writer.wait_until_finished)
+            if self._landing is not None and processes.lead(lambda: self._complete(self._landing)):
                 logging.info("Step %d is saved.", self._landing)
                 self.failures, self._landing = 0, None
-            self._prune()
+            processes.lead(self._prune)
 
     def landed(self, step: int) -> None:
         """Make sure that `step` has been saved, at the end of a run.
@@ -99,7 +110,7 @@ class Checkpoints:
           SaveFailed: it has not.
         """
         self.wait()
-        if not self._complete(step):
+        if not processes.lead(lambda: self._complete(step)):
             raise SaveFailed(f"{self.folder}: step {step} could not be saved. {self._last_good()}")
 
     @contextlib.contextmanager
@@ -148,14 +159,14 @@ class Checkpoints:
         for step in reversed(steps):
             check_shapes(self.folder / str(step) / "state", state)
             try:
-                found = read_step(self.folder / str(step), state, ema)
+                found = processes.jointly(functools.partial(read_step, self.folder / str(step), state, ema))
             except Exception as error:  # whatever the damage is, the step before may be whole
                 if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                     raise  # nothing is wrong with the checkpoint
                 logging.warning("Step %d cannot be read (%s); trying the one before.", step, _first_line(error))
                 damaged.append(step)
                 continue
-            self._set_aside(damaged)
+            processes.lead(functools.partial(self._set_aside, damaged))
             return step, *found
         if steps:
             raise InputError(f"{self.folder}: none of the steps {steps} can be read; restore the folder from a backup.")

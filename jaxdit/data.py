@@ -156,6 +156,14 @@ class Dataset:
                 "train on; make it smaller."
             )
 
+    def digest(self) -> int:
+        """31 bits of what decides the plan, the same in every process that sees the same data set."""
+        digest = hashlib.sha256(repr(self.info["fingerprint"]).encode())
+        for name in self.buckets:
+            digest.update(name.encode())
+            digest.update(self.index[name].tobytes())
+        return int.from_bytes(digest.digest()[:4], "little") >> 1
+
     def describe(self, info: dict[str, Any]) -> None:
         """Take the content of dataset.json, or a run's copy of it, which keeps the statistics that the run began with."""
         self.info = info
@@ -253,7 +261,7 @@ class Dataset:
         )
 
     def fixed_batches(
-        self, split: str, batch_size: int, count: int
+        self, split: str, batch_size: int, count: int, places: np.ndarray | None = None
     ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, int]]:
         """Images to measure on, unflipped, at most `count` of them, spread evenly over all.
 
@@ -261,6 +269,7 @@ class Dataset:
           split: "held_out" or "training".
           batch_size: of the batches.
           count: at most so many images.
+          places: the rows of each batch that are wanted here; None: all.
 
         Yields:
           (batch, [batch, 2] uint32 numbers that are a function of each image's id alone, how many of its rows are images):
@@ -269,16 +278,18 @@ class Dataset:
         chosen = self.train if split == "training" else self.held_out
         total = sum(map(len, chosen.values()))
         count, end = min(count, total), 0
-        places = np.array([k * total // count for k in range(count)], np.int64)  # in the row of all buckets
+        chosen_of_all = np.array([k * total // count for k in range(count)], np.int64)  # in the row of all buckets
         for name in self.buckets:
             begin, end = end, end + len(chosen[name])
-            rows = chosen[name][places[(begin <= places) & (places < end)] - begin].tolist()
+            inside = chosen_of_all[(begin <= chosen_of_all) & (chosen_of_all < end)]
+            rows = chosen[name][inside - begin].tolist()
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 filled = np.array(part + part[:1] * (batch_size - len(part)))
+                filled = filled if places is None else filled[places]
                 digests = [hashlib.sha256(sample["id"]).digest()[:8] for sample in self.records(name, filled)]
                 numbers = np.stack([np.frombuffer(digest, "<u4") for digest in digests])
-                yield self.read(name, filled, np.zeros(batch_size, bool)), numbers, len(part)
+                yield self.read(name, filled, np.zeros(len(filled), bool)), numbers, len(part)
 
 
 def _allow_open_files(shards: int) -> None:
@@ -343,8 +354,15 @@ class PlanIterator(grain.DatasetIterator):
         self._micro_batch, self._taken = int(state["micro_batch"]), {k: int(v) for k, v in state["taken"].items()}
 
 
-def training_batches(dataset: Dataset, *, seed: int, micro_batch: int, flip: float, ahead: int = 8):
+def training_batches(
+    dataset: Dataset, *, seed: int, micro_batch: int, flip: float, places: np.ndarray | None = None, ahead: int = 8
+):
     """The endless training batches of `Dataset.read`, each with its "bucket", read ahead by a thread.
+
+    Args:
+      dataset, seed, micro_batch, flip: decide the plan, alike in every process.
+      places: the rows of each micro-batch that are read here; None: all.
+      ahead: micro-batches read before they are asked for.
 
     Returns:
       A grain.DatasetIterator; get_state/set_state give and take the position after the last batch handed out.
@@ -352,6 +370,9 @@ def training_batches(dataset: Dataset, *, seed: int, micro_batch: int, flip: flo
     plan = Plan(dataset.train, seed=seed, micro_batch=micro_batch, flip=flip)
 
     def read(request):
-        return dataset.read(**request) | {"bucket": request["bucket"], "rows": request["rows"]}
+        name, rows, flips = request["bucket"], request["rows"], request["flips"]
+        if places is not None:
+            rows, flips = rows[places], flips[places]
+        return dataset.read(name, rows, flips) | {"bucket": name, "rows": rows}
 
     return iter(grain.experimental.ThreadPrefetchIterDataset(plan.map(read), prefetch_buffer_size=ahead))

@@ -46,6 +46,7 @@ def evaluate(
     *,
     batch_size: int,
     images: int,
+    places: np.ndarray | None = None,
     place: Callable[[Any], Any],
     everywhere: Callable[[Any], Any],
     stopped: Callable[[], bool],
@@ -58,6 +59,7 @@ def evaluate(
       dataset: data.Dataset.
       batch_size: images at a time.
       images: at most so many of each split.
+      places: the rows of each batch that this process reads; None: all.
       place: puts a batch on the devices, divided; everywhere: the same, whole on each.
       stopped: asked between batches; true ends the evaluation.
 
@@ -69,7 +71,7 @@ def evaluate(
     for split in SPLITS:
         found: dict[tuple[str, str], list] = {(w, c): [] for w in weights for c in CONDITIONS}
         times = []
-        for batch, numbers, count in dataset.fixed_batches(split, batch_size, images):
+        for batch, numbers, count in dataset.fixed_batches(split, batch_size, images, places):
             if stopped():
                 return None
             batch, numbers = place(batch), place(numbers)

@@ -16,6 +16,11 @@ from absl import logging as absl_logging
 from encode import commandline
 from encode.records import InputError
 
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where many processes train one model.")
+PROCESSES = flags.DEFINE_integer(
+    "processes", None, "How many they are. Slurm, Open MPI and Kubernetes say it themselves."
+)
+PROCESS = flags.DEFINE_integer("process", None, "The number of this one, from 0.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Working folder: checkpoints, metrics, report.", required=True)
 
 
@@ -27,20 +32,42 @@ def main(config) -> int:
     commandline.refuse_url("config.data.path", config.data.path)
     if config.train.deterministic:  # read when JAX starts; on the CPU everything is deterministic already
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    from jaxdit import processes
+
+    processes.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    name = "" if processes.first() else f"process {processes.number()}: "
+    # A night's log is read by the clock.
+    form = logging.Formatter(f"%(asctime)s  {name}%(message)s", "%a %d %b %H:%M:%S")
+    absl_logging.get_absl_handler().setFormatter(form)
+    if not processes.many():
+        return train(config)
+    if not processes.first():
+        absl_logging.set_verbosity(absl_logging.WARNING)  # what all say alike, the first one says
+    try:
+        code = train(config)
+    except InputError as error:
+        processes.leave(f"Error: {error}", 2)
+    except Exception as error:
+        processes.leave(processes.why(error), 1)
+    if code not in (0, 3):
+        processes.leave("", code)
+    return code
+
+
+def train(config) -> int:
+    """Train, and give the exit code."""
     import jax
 
-    # A night's log is read by the clock.
-    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%a %d %b %H:%M:%S"))
-    from jaxdit import checkpoint, mesh, teller, train
+    from jaxdit import checkpoint, mesh, processes, teller
+    from jaxdit.train import train as run
 
     mesh.keep_programs()
     try:
-        result = train.train(config, commandline.path_of(WORKDIR.value))
+        result = run(config, commandline.path_of(WORKDIR.value))
     except teller.TrainingStopped as error:
         return commandline.fail(str(error))
     except checkpoint.SaveFailed as error:
-        commandline.fail(str(error))
-        os._exit(1)  # a failed save leaves threads behind that fill pages when the interpreter ends them
+        processes.leave(f"Error: {error}", 1)  # its threads would fill pages when the interpreter ends them
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -48,7 +75,8 @@ def main(config) -> int:
             f"the device's memory does not hold this: take --config.model.remat=block, or a new --workdir with a smaller "
             f"train.micro_batch than {config.train.micro_batch}."
         )
-    print(f"The run's page: {commandline.path_of(WORKDIR.value) / 'report.html'}")
+    if processes.first():
+        print(f"The run's page: {commandline.path_of(WORKDIR.value) / 'report.html'}")
     return 0 if result == "done" else 3
 
 

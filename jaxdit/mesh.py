@@ -186,7 +186,7 @@ def compiled(
     return (
         jax.jit(zeros, out_shardings=jax.tree.map(partial(NamedSharding, mesh), parts, is_leaf=_is_spec)),
         jax.jit(over(own_sums, (params, parts, rows, everywhere), parts), donate_argnums=1),
-        jax.jit(add_up, donate_argnums=(0, 1), out_shardings=(shardings(mesh, state), whole)),
+        jax.jit(add_up, donate_argnums=0, out_shardings=(shardings(mesh, state), whole)),
         jax.jit(over(judge, (params, rows, rows, everywhere), rows), out_shardings=whole),
     )
 

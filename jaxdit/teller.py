@@ -20,7 +20,10 @@ class TrainingStopped(RuntimeError):
 
 
 class Teller:
-    """Writes a finished step where it is due, says when the run's health changes, and ends a run that cannot go on."""
+    """Writes a finished step where it is due, says when the run's health changes, and ends a run that cannot go on.
+
+    Without a log (None, in all processes but the first) it only does the last.
+    """
 
     def __init__(self, config, log, clock, rows, saver, images):
         self.config, self.log, self.clock, self.rows, self.saver = config, log, clock, rows, saver
@@ -31,8 +34,19 @@ class Teller:
     def tell(self, row: dict[str, Any]) -> None:
         """One row of `update.apply_update`, with its "step" and what an evaluation found."""
         self.saver.check()
-        options, step = self.config.train, row["step"]
         voided_in_row = int(jax.device_get(row["voided_in_row"]))
+        if self.log is not None:
+            self._write(row, voided_in_row)
+        if voided_in_row >= VOIDED_LIMIT:
+            self.saver.wait()  # the save in hand may be the last good one
+            saved = self.saver.steps()
+            raise TrainingStopped(
+                f"{voided_in_row} updates in a row up to step {row['step']} were not finite. The last good checkpoint is "
+                f"{f'step {saved[-1]}' if saved else 'none'} in {self.saver.folder}; lower optim.peak_learning_rate and go on."
+            )
+
+    def _write(self, row: dict[str, Any], voided_in_row: int) -> None:
+        options, step = self.config.train, row["step"]
         due = (
             step % options.log_every == 0 or step in (1, options.total_steps) or voided_in_row or "eval_seconds" in row
         )
@@ -54,13 +68,6 @@ class Teller:
             if values["images_per_second"] and not self.estimated:
                 self.estimated = True
                 logging.info(startup.remaining(self.config, step, values["images_per_second"]))
-        if voided_in_row >= VOIDED_LIMIT:
-            self.saver.wait()  # the save in hand may be the last good one
-            saved = self.saver.steps()
-            raise TrainingStopped(
-                f"{voided_in_row} updates in a row up to step {step} were not finite. The last good checkpoint is "
-                f"{f'step {saved[-1]}' if saved else 'none'} in {self.saver.folder}; lower optim.peak_learning_rate and go on."
-            )
 
     def _judge(self, values: dict[str, Any]) -> None:
         self.rows = [*self.rows[-JUDGED:], values]

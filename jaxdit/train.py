@@ -6,11 +6,13 @@ different buckets. Everything random is a function of (train.seed, step), so a r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
 import signal
 import time
+import zlib
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ from jaxdit import (
     optim,
     origin,
     previews,
+    processes,
     report,
     startup,
     trained,
@@ -80,9 +83,19 @@ def train(config: Any, workdir: str | Path) -> str:
     done = (checkpoint.saved_steps(workdir, "state") or [0])[-1]
     if done > config.train.total_steps:
         raise InputError(f"train.total_steps={config.train.total_steps}: {workdir} has done {done} steps already.")
-    start = origin.look(config, dataset.info) if folder.is_new(workdir) else None
-    with only_one(workdir):
-        dataset.describe(folder.claim(workdir, config, dataset.path, dataset.info, start))
+    if processes.many():
+        settings = config.to_json_best_effort().replace(json.dumps(config.data.path), "")
+        processes.same(zlib.crc32(settings.encode()) >> 1, "another configuration")
+        processes.same(dataset.digest(), f"another data set in {dataset.path}")
+    with contextlib.ExitStack() as held:
+
+        def claim():
+            start = origin.look(config, dataset.info) if folder.is_new(workdir) else None
+            held.enter_context(only_one(workdir))
+            folder.claim(workdir, config, dataset.path, dataset.info, start)
+
+        processes.lead(claim)
+        processes.jointly(lambda: dataset.describe(json.loads((workdir / "dataset.json").read_text(encoding="utf-8"))))
         return run(config, workdir, dataset, devices)
 
 
@@ -92,7 +105,8 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     everywhere, divided = mesh.replicated(devices), mesh.over_batch(devices)
     settings = trained.model_settings(config.model, dataset.info["widths"])
     graph, shapes = model.abstract(settings)
-    startup.announce(config, dataset, settings, shapes, origin.read(workdir), workdir, devices)
+    if processes.first():
+        startup.announce(config, dataset, settings, shapes, origin.read(workdir), workdir, devices)
     schedule = optim.learning_rate(
         peak=config.optim.peak_learning_rate,
         end=config.optim.end_learning_rate,
@@ -115,30 +129,36 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
         judge=partial(heldout.losses, whole, options),
     )
 
+    # Every process plans the same micro-batches, and reads the rows that lie on its devices.
+    places = processes.own_rows(divided, config.train.micro_batch)
     batches = data.training_batches(
-        dataset, seed=seed, micro_batch=config.train.micro_batch, flip=config.flow.flip
+        dataset, seed=seed, micro_batch=config.train.micro_batch, flip=config.flow.flip, places=places
     )  # fmt: skip
     saver = checkpoint.Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
     step, state, position = begin(config, workdir, fresh, optimizer, saver, shapes, devices)
     if position is not None:
         batches.set_state(position)
-    folder.check_space(workdir, 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+    needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    processes.lead(lambda: folder.check_space(workdir, needed))
 
     known = json.loads(config.to_json_best_effort())
-    log = metrics.Metrics(workdir, step, wandb=config.metrics.wandb, config=known)
+    log = metrics.Metrics(workdir, step, wandb=config.metrics.wandb, config=known) if processes.first() else None
     rows = list(deque(metrics.rows(workdir), JUDGED))
     clock = metrics.Clock(
-        start_seconds=log.seconds,
+        start_seconds=log.seconds if log else 0.0,
         peak=estimate.peak_flops(jax.devices()[0].device_kind, settings["dtype"], jax.device_count()),
     )
     teller = Teller(config, log, clock, rows, saver, sum(map(len, dataset.train.values())))
-    pictures = previews.Previews(workdir, dataset, config, graph) if config.sample.previews else None
+    drawn = config.sample.previews > 0
+    pictures = previews.Previews(workdir, dataset, config, graph) if drawn and log else None
     budget, stop, saved_at = Budget(config.train.eval_budget), StopOnSignal(), time.monotonic()
+    wishes, stopping = processes.Wishes(divided, everywhere), False
     micro_batches = config.train.batch_size // config.train.micro_batch
     compiled: set[Any] = set()
     # A stop that met an evaluation dropped it: it is made up for after the next step.
     owed = bool(step and config.train.eval_every and step % config.train.eval_every == 0)
-    owed = owed and not (log.last and log.last["step"] == step and "eval_seconds" in log.last)
+    owed = owed and not (log and log.last and log.last["step"] == step and "eval_seconds" in log.last)
+    owed = processes.of_first(owed)
     pending, position = None, batches.get_state()
 
     def save():
@@ -148,20 +168,31 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
         if pending is not None:
             teller.tell(pending)
             pending = None
-        log.sync()
+        if log:
+            log.sync()
         with jax.transfer_guard("allow"):  # the copy to the host is what saving is
             kept = {"position": position, "metrics": {"step": step, "seconds": clock.seconds}, "config": known}
             kept["devices"] = mesh.describe(devices)
             saver.save(step, *_split_ema(state), kept)
-        report.update(workdir)
+        if log:
+            report.update(workdir)
+        wishes.forget()
         clock.skip(time.monotonic() - began)
+
+    def late():
+        """Whether it is time to save by the clock of the first process; one that failed is tried again after a while."""
+        since = time.monotonic() - saved_at
+        return processes.first() and since > (TRY_AGAIN if saver.failures else 60 * config.checkpoint.minutes)
 
     try:
         with jax.transfer_guard("disallow"):  # an implicit copy between host and device is an error, not a slow run
-            while step < config.train.total_steps and not stop.requested:
+            while step < config.train.total_steps:
                 total = zeros()
                 flops = 0.0
                 for micro_batch in range(micro_batches):
+                    stopping, saving = wishes.agree(stop.requested, late())
+                    if stopping:
+                        break
                     began = time.monotonic()
                     batch = next(batches)
                     clock.waited(time.monotonic() - began)
@@ -170,17 +201,15 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
                     flops += config.train.micro_batch * estimate.training_flops(
                         settings, batch["latent"].shape[1:], tokens
                     )
-                    where = jax.device_put(
+                    where = processes.place(
                         np.array([step, micro_batch * config.train.micro_batch], np.int32), everywhere
                     )
-                    total = accumulate(state["params"], total, jax.device_put(batch, divided), where)
+                    total = accumulate(state["params"], total, processes.place(batch, divided), where)
                     if (bucket, tokens) not in compiled:  # the first call of each shape compiles: not a rate to report
                         jax.block_until_ready(total)
                         compiled.add((bucket, tokens))
                         clock.skip(time.monotonic() - began)
-                    if stop.requested:
-                        break
-                if stop.requested:
+                if stopping:
                     break  # the update in hand is dropped: a resumed run makes it again, bit for bit
                 began = time.monotonic()
                 state, row = change(state, total)
@@ -196,7 +225,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
 
                 last = step == config.train.total_steps
                 judged = owed or (config.train.eval_every and (step % config.train.eval_every == 0 or last))
-                if judged and budget.allows("evaluation", last):
+                if judged and processes.of_first(budget.allows("evaluation", last)):
                     began = time.monotonic()
                     found = heldout.evaluate(
                         judge,
@@ -204,48 +233,53 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
                         dataset,
                         batch_size=config.train.micro_batch,
                         images=config.train.eval_images,
-                        place=lambda value: jax.device_put(value, divided),
-                        everywhere=lambda value: jax.device_put(value, everywhere),
-                        stopped=lambda: stop.requested,
+                        places=places,
+                        place=lambda value: processes.place(value, divided),
+                        everywhere=lambda value: processes.place(value, everywhere),
+                        stopped=lambda: processes.anyone(stop.requested),
                     )
                     seconds = budget.spent("evaluation", time.monotonic() - began)
                     clock.skip(seconds)
                     if found is not None:
                         pending |= found | {"eval_seconds": seconds}
                         owed = False
-                due, since = step % config.checkpoint.every == 0 or last, time.monotonic() - saved_at
-                # A save that failed is tried again when there was time to make room.
-                wanted = since > TRY_AGAIN if saver.failures else due or since > 60 * config.checkpoint.minutes
-                if wanted or last:
+                due = step % config.checkpoint.every == 0 or last
+                if saving or (due and not saver.failures) or last:
                     save()
                     saved_at = time.monotonic()
-                if due and pictures and not stop.requested and budget.allows("previews", last):
+                if due and drawn and processes.of_first(not stop.requested and budget.allows("previews", last)):
                     began = time.monotonic()
                     with jax.transfer_guard("allow"):
-                        pictures.draw(step, mesh.on_one(devices, state["ema"]))
+                        averaged = mesh.on_one(devices, state["ema"])
+                        if pictures:
+                            pictures.draw(step, averaged)
                     clock.skip(budget.spent("previews", time.monotonic() - began))
                 if pictures:
-                    for drawn_at, drawn in pictures.finished():
-                        log.pictures(drawn_at, drawn)
+                    for drawn_at, found in pictures.finished():
+                        log.pictures(drawn_at, found)
     except DatasetError:
-        save()  # the data are damaged, not the run
-        saver.wait()
+        if not processes.many():  # of many, one knows of it, and none can save alone
+            save()  # the data are damaged, not the run
+            saver.wait()
         raise
     else:
-        if step > 0 and step not in saver.steps():
+        if step > 0 and processes.of_first(step not in saver.steps()):
             save()
         if step > 0:
             saver.landed(step)
         if pictures:
-            pictures.close(0.0 if stop.requested else previews.PATIENCE)
-            for drawn_at, drawn in pictures.finished():
-                log.pictures(drawn_at, drawn)
+            pictures.close(0.0 if stopping or stop.requested else previews.PATIENCE)
+            for drawn_at, found in pictures.finished():
+                log.pictures(drawn_at, found)
+        processes.everyone(0)  # none leaves before the last is ready to
     finally:
         stop.close()
-        log.close()
+        if log:
+            log.close()
         batches.close()
         saver.close()
-    report.update(workdir)
+    if log:
+        report.update(workdir)
     if step < config.train.total_steps:
         logging.info(
             "Stopped at step %d of %d with everything saved; the same command goes on.", step, config.train.total_steps
@@ -277,7 +311,8 @@ def begin(config, workdir, fresh, optimizer, saver, shapes, devices):
     if "restore" in source:
         other, step = Path(source["restore"]["workdir"]), source["restore"]["step"]
         rest, ema, kept = checkpoint.read_step(other / "checkpoints" / str(step), *_split_ema(wanted))
-        shutil.copyfile(other / "metrics.jsonl", workdir / "metrics.jsonl")
+        if processes.first():
+            shutil.copyfile(other / "metrics.jsonl", workdir / "metrics.jsonl")
         return step, rest | {"ema": ema}, kept["position"]
     if "init_from" in source:
         named = source["init_from"]

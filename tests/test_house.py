@@ -29,6 +29,7 @@ FLOORS = [
         "quality",
         "advice",
         "attention",
+        "processes",
         "state_dict",
     },
 ]

@@ -1,0 +1,223 @@
+"""Real processes on this machine, joined by JAX's runtime (gloo): the losses of one, agreed stops, and no end in silence."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+
+import jax
+import make_data
+import numpy as np
+import pytest
+from tiny_run import ROOT, command, curve, tiny
+
+from encode.records import InputError
+from jaxdit import checkpoint, data, metrics, processes, train
+
+RUN = {
+    "train.total_steps": 40,
+    "train.batch_size": 8,
+    "train.micro_batch": 4,
+    "data.holdout_fraction": 0.4,
+    "train.eval_every": 20,
+    "train.eval_images": 6,
+    "train.eval_budget": 1.0,
+    "checkpoint.every": 10,
+}
+
+
+@pytest.fixture(scope="module")
+def one(path, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    assert train.train(tiny(path, **RUN), workdir) == "done"
+    return workdir
+
+
+def begin(path, workdir, count, slurm=False, **changes):
+    """`count` processes of one run, joined by flags, or by what Slurm's srun would tell them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    for k in range(count):
+        environment, arguments = dict(os.environ), command(path, workdir, **RUN | changes)
+        if slurm:
+            job = 4096 * 7 + port % 4096
+            environment |= {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count)}
+            environment |= {"SLURM_STEP_NUM_TASKS": str(count), "SLURM_PROCID": str(k), "SLURM_LOCALID": str(k)}
+        else:
+            arguments += [f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={k}"]
+        started.append(
+            subprocess.Popen(
+                arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    return started
+
+
+def ends(started, within=60.0):
+    """[(exit code, words)] of processes that end in time."""
+    until, found = time.monotonic() + within, []
+    for process in started:
+        try:
+            words, _ = process.communicate(timeout=max(until - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            for left in started:
+                left.kill()
+            pytest.fail(f"still running after {within} s: {process.communicate()[0]}")
+        found.append((process.returncode, words))
+    return found
+
+
+def wait_for(workdir, step, started):
+    until = time.monotonic() + 60
+    while time.monotonic() < until and all(process.poll() is None for process in started):
+        rows = metrics.read(workdir)
+        if rows and rows[-1]["step"] >= step:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"step {step} was not reached: {ends(started, 1)}")
+
+
+def assert_like_one(workdir, one, steps):
+    assert [row["step"] for row in metrics.read(workdir)] == list(range(1, steps + 1))
+    for name in ("loss", "grad_norm"):
+        ours, theirs = ([row[1] for row in curve(folder, name)][:steps] for folder in (workdir, one))
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3)
+    judged = [
+        {row["step"]: row["held_out_loss"] for row in metrics.read(folder) if row.get("held_out_loss") is not None}
+        for folder in (workdir, one)
+    ]
+    assert 20 in judged[0]
+    for step, loss in judged[0].items():
+        assert loss == pytest.approx(judged[1][step], rel=1e-3)
+
+
+def test_two_processes_are_one_run_through_a_kill_and_a_stop(path, one, tmp_path):
+    """SIGKILL of one ends the other with a sentence; started again, SIGTERM to one stops both with everything saved."""
+    workdir = tmp_path / "run"
+    started = begin(path, workdir, 2, slurm=True, **{"mesh.fsdp": 2})
+    wait_for(workdir, 14, started)
+    started[1].send_signal(signal.SIGKILL)
+    started[1].wait()
+    killed = time.monotonic()
+    (code, words), (_, quiet) = ends(started)
+    assert code not in (0, 2, 3) and time.monotonic() - killed < 60
+    assert "another process has ended" in words or "another task died" in words, words
+    assert "2 devices (data 1 x fsdp 2) in 2 processes" in words
+    assert "step 1/40" in words and "step 1/40" not in quiet  # one log
+
+    started = begin(path, workdir, 2, **{"mesh.fsdp": 2})
+    wait_for(workdir, 21, started)
+    started[1].send_signal(signal.SIGTERM)
+    (code, words), (other, quiet) = ends(started)
+    assert code == other == 3, words + quiet
+    assert "Going on at step 10 of 40" in words and "everything saved" in words
+    stopped = checkpoint.saved_steps(workdir, "state")[-1]
+    assert 21 <= stopped < 40
+    assert_like_one(workdir, one, stopped)
+
+
+@pytest.mark.all
+def test_four_processes_and_the_death_of_the_first(path, one, tmp_path):
+    workdir = tmp_path / "run"
+    started = begin(path, workdir, 4, **{"mesh.fsdp": 2})
+    wait_for(workdir, 15, started)
+    started[0].send_signal(signal.SIGKILL)  # the one that the others are joined by
+    for code, words in ends(started)[1:]:
+        assert code not in (0, 2, 3) and ("another process has ended" in words or "another task died" in words), words
+    started = begin(path, workdir, 4, **{"mesh.fsdp": 2})
+    wait_for(workdir, 20, started)
+    for process in started:
+        process.send_signal(signal.SIGTERM)
+    assert [code for code, _ in ends(started)] == [3] * 4
+    found = ends(begin(path, workdir, 4, **{"mesh.fsdp": 2}))
+    assert [code for code, _ in found] == [0] * 4, found
+    assert_like_one(workdir, one, 40)
+
+
+@pytest.mark.all
+def test_processes_that_see_other_data_are_refused(path, tmp_path):
+    make_data.dataset(tmp_path / "64", {"64x64": 9, "48x80": 6}, seed=5)
+    started = begin(path, tmp_path / "run", 1 + 1)
+    started[1].kill()
+    started[1].wait()
+    with open(tmp_path / "other.log", "w") as log:
+        arguments = [*started[0].args[:-1], "--process=1", f"--config.data.path={tmp_path / '64'}"]
+        other = subprocess.Popen(arguments, cwd=ROOT, stdout=log, stderr=log)
+        (code, words) = ends(started[:1])[0]
+        assert other.wait(60) == code == 2, words
+    assert "Process 1 of 2 has another data set" in words
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_rows_of_the_processes_make_up_the_batch(path):
+    dataset = data.Dataset(path, holdout_fraction=0.4)
+    options = {"seed": 3, "micro_batch": 4, "flip": 0.5}
+    whole = data.training_batches(dataset, **options)
+    parts = [data.training_batches(dataset, **options, places=np.array(places)) for places in ([0, 1], [2, 3])]
+    try:
+        for _ in range(12):
+            batch, shares = next(whole), [next(part) for part in parts]
+            assert batch.pop("bucket") == shares[0].pop("bucket") == shares[1].pop("bucket")
+            for name, value in batch.items():
+                np.testing.assert_array_equal(value, np.concatenate([share[name] for share in shares]), name)
+        assert whole.get_state() == parts[0].get_state() == parts[1].get_state()
+    finally:
+        for reader in (whole, *parts):
+            reader.close()
+    for (batch, numbers, count), (half, own, same) in zip(
+        dataset.fixed_batches("held_out", 4, 9), dataset.fixed_batches("held_out", 4, 9, np.array([2, 3])), strict=True
+    ):
+        assert count == same
+        np.testing.assert_array_equal(batch["latent"][2:], half["latent"])
+        np.testing.assert_array_equal(numbers[2:], own)
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "expected"),
+    [
+        ({}, (None, None, None), None),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, (None, None, None), None),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, (None, None, None), (None, None, None, None)),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, (None, 1, None), None),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, (None, None, None), (None, None, None, None)),
+        ({"JOB_COMPLETION_INDEX": "3"}, (None, None, None), (None, None, 3, None)),
+        ({"JOB_COMPLETION_INDEX": "3"}, ("host:1", 4, None), ("host:1", 4, 3, "deactivate")),
+        ({}, ("host:1", 2, 1), ("host:1", 2, 1, "deactivate")),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "host:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "0",
+                "JOB_COMPLETION_INDEX": "0",
+            },
+            (None, None, None),
+            ("host:1", 2, 0, "deactivate"),
+        ),
+    ],
+)
+def test_who_is_joined_by_whom(monkeypatch, environment, given, expected):
+    called = []
+
+    def initialize(*arguments, cluster_detection_method, **options):
+        called.append((*arguments, cluster_detection_method))
+
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX", *processes.VARIABLES.values()):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    processes.start(*given)
+    assert called == ([expected] if expected else [])
+
+
+def test_half_of_an_address_is_refused():
+    with pytest.raises(
+        InputError, match=r"--processes given, but .* --coordinator, --processes, --process .*JAX_PROCESS_ID"
+    ):
+        processes.start(None, 2, None)
+    with pytest.raises(InputError, match=r"cannot find each other .*process 2"):
+        processes.start("localhost:1", 2, 2)
