@@ -15,7 +15,7 @@ from scipy.spatial import distance
 SIDE = 8  # of a latent whose neighbours are looked for
 PRECISION_NEIGHBOURS, COVERAGE_NEIGHBOURS = 3, 5  # as in the papers
 NEAREST = 50  # neighbours that say how far apart pictures usually are (Carlini et al. 2023, sec. 4.2)
-COPY = 0.5  # of that distance: nearer is a copy; the gate's margin of memory is the same
+COPY = 0.5  # of the usual closeness of real images: below is a copy
 MANY_MORE = 0.05  # copies beyond those among real images from which on a model is said to copy
 CHUNK = 4096  # training images compared at a time
 SIZES, DRAWS = (0.5, 0.6, 0.75, 1.0), 3  # of the subsets by which the Frechet distance is followed to infinity
@@ -178,10 +178,12 @@ def memory(drawn: np.ndarray, real: np.ndarray) -> dict[str, float | bool]:
 
     Returns:
       nearer: the share of drawn pictures nearer to a training image than the real one is: 0.5 where they are alike.
-      copies, copies_real: the shares with `closeness` below COPY; memorised: clearly more copies than among real ones.
+      copies, copies_real: the shares with a `closeness` below half of the median of real ones, which bursts of nearly equal
+      photographs do not move; memorised: clearly more copies than among real ones.
     """
     ours, theirs = closeness(drawn), closeness(real)
-    copies, usual = float((ours < COPY).mean()), float((theirs < COPY).mean())
+    line = COPY * np.median(theirs)
+    copies, usual = float((ours < line).mean()), float((theirs < line).mean())
     beyond = copies - usual > max(MANY_MORE, 2 * np.sqrt(usual * (1 - usual) / len(theirs)))
     return {
         "nearer": float((drawn[:, 0] < real[:, 0]).mean()),
