@@ -28,8 +28,8 @@ import numpy as np
 from absl import flags
 
 from encode import commandline
-from encode.records import InputError, write_json
-from jaxdit import advice, data, gate_page, judge, mesh, model, origin, trained, update
+from encode.records import write_json
+from jaxdit import advice, data, exhibits, gate_page, judge, mesh, model, origin, trained, update
 
 IMAGES, BATCH, GRADIENT_IMAGES = 100, 20, 32
 SAMPLING = {
@@ -42,33 +42,8 @@ STILL = 1e-4  # relative change of a projection's parameters below which it has 
 
 
 def gather(dataset: data.Dataset, run: trained.Trained, vae: Any) -> list[judge.Example]:
-    """At most 100 images of the training data, spread evenly, decoded from their latents.
-
-    Pictures of several buckets are compared at the shape of the fullest one.
-    """
-    places = [(name, int(row)) for name in dataset.buckets for row in dataset.train[name]]
-    step = max(len(places) / IMAGES, 1)
-    shape = common_shape(run)
-    examples = []
-    for name, row in [places[int(k * step)] for k in range(min(IMAGES, len(places)))]:
-        record = dataset.records(name, [row])[0]
-        latents = np.stack([record["latent"], record["latent_flip"]]).astype(np.float32)
-        pixels = vae.decode(latents)
-        examples.append(judge.Example(record, name, *pixels, compared(latents[:1], run, shape)[0]))
-    return examples
-
-
-def common_shape(run: trained.Trained) -> tuple[int, int]:
-    """(height, width) of the fullest bucket's latents."""
-    buckets = run.dataset["buckets"]
-    return tuple(buckets[max(buckets, key=lambda name: buckets[name]["count"])]["latent"][:2])
-
-
-def compared(latents: np.ndarray, run: trained.Trained, shape: tuple[int, int]) -> np.ndarray:
-    """[n, height, width, channels] raw latents, normalised and resized to `shape`."""
-    mean, std = (np.asarray(run.dataset[name], np.float32) for name in ("latent_mean", "latent_std"))
-    normalised = (latents - mean) / std
-    return np.asarray(jax.image.resize(normalised, (len(latents), *shape, latents.shape[-1]), "linear"))
+    """At most 100 images of the training data, spread evenly; see `exhibits.gather`."""
+    return exhibits.gather(dataset, run, vae, exhibits.spread(dataset.train, IMAGES))
 
 
 def draw_all(
@@ -81,7 +56,7 @@ def draw_all(
 ) -> judge.Drawn:
     """A picture for each example's shape from the given conditions (None is an absent one), and what the encoder sees."""
     pictures: list[Any] = [None] * len(examples)
-    latents = np.zeros((len(examples), *common_shape(run), run.dataset["widths"]["latent"]), np.float32)
+    latents = np.zeros((len(examples), *exhibits.common_shape(run), run.dataset["widths"]["latent"]), np.float32)
     for bucket in sorted({example.bucket for example in examples}):
         members = [i for i, example in enumerate(examples) if example.bucket == bucket]
         for start in range(0, len(members), BATCH):
@@ -100,17 +75,13 @@ def draw_all(
                 vision=SAMPLING["guidance"][1],
             )[: len(part)]
             for i, found in zip(part, drawn):
-                found[_padding(examples[i])] = examples[i].record["latent"].astype(np.float32)[_padding(examples[i])]
-            latents[part] = compared(drawn, run, latents.shape[1:3])
+                record = examples[i].record
+                outside = exhibits.padding(record, found.shape)
+                found[outside] = record["latent"].astype(np.float32)[outside]
+            latents[part] = exhibits.compared(drawn, run, latents.shape[1:3])
             for i, pixels in zip(part, vae.decode(drawn)):
                 pictures[i] = pixels
     return judge.Drawn(pictures, latents, None if vision_encoder is None else vision_encoder.encode(pictures))
-
-
-def _padding(example: judge.Example) -> np.ndarray:
-    """[h, w] bool: where the picture was padded; nothing was learnt there, and nothing is compared."""
-    mask, latent = example.record["mask"], example.record["latent"]
-    return mask == 0 if mask.size else np.zeros(latent.shape[:2], bool)
 
 
 def score(run, vae, vision_encoder, examples: Sequence[judge.Example], asked: judge.Questions, rule: str):
@@ -190,9 +161,9 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
         holdout_fraction=options["holdout_fraction"],
         normalize_vision=options["normalize_vision"],
     )
-    refuse_other_data(workdir, averaged, dataset)
+    exhibits.refuse_other_data(workdir, averaged, dataset)
     vae = encoders.load_vae(dataset.info["encoders"]["vae"])
-    vision_encoder = load_vision(dataset)
+    vision_encoder = exhibits.load_vision(dataset)
     examples = gather(dataset, averaged, vae)
     rule = judge.GENERATED if {e.record["caption"].decode() for e in examples} <= demo.captions() else judge.OWN
     asked = judge.questions(examples) if len(examples) >= judge.FEWEST else None
@@ -243,32 +214,6 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
     gate_page.write(out, result, examples, asked, drawn, ratios, nexts)
     write_json(out / "gate.json", result)
     return result
-
-
-def refuse_other_data(workdir: str | Path, run: trained.Trained, dataset: data.Dataset) -> None:
-    """Raise InputError where the model was not trained on data of this kind."""
-    if dataset.info["fingerprint"] != run.dataset["fingerprint"]:
-        raise InputError(
-            f"{dataset.path} was encoded in another way than the data of {workdir}; judge on data of its kind."
-        )
-    shapes = {name: info["latent"] for name, info in run.dataset["buckets"].items()}
-    for name, info in dataset.info["buckets"].items():
-        if shapes.get(name) != info["latent"]:
-            raise InputError(
-                f"{dataset.path} has a bucket {name} that the data of {workdir} have not ({', '.join(shapes)}); judge on data "
-                "of the same resolution."
-            )
-
-
-def load_vision(dataset: data.Dataset) -> Any:
-    """The vision encoder of the data set; None where its vectors were given, and nobody knows by which encoder."""
-    from encode import encoders
-
-    section = dataset.info["encoders"]["vision"]
-    if section.get("precomputed"):
-        logging.info("The vectors of %s were precomputed: the vision encoder's own view is not judged.", dataset.path)
-        return None
-    return encoders.load_vision(section)
 
 
 def describe(run: trained.Trained, dataset: data.Dataset, examples: Sequence[judge.Example]) -> dict[str, Any]:

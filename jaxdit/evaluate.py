@@ -1,0 +1,299 @@
+"""python -m jaxdit.evaluate --workdir=DIR [--steps=N,N] [--images=500]: the quality of a run's pictures in numbers.
+
+Every saved step draws the captions of held-out images, with and without their vectors; `exam.py` says what is measured and
+`quality.py` how. OUT/evaluation.jsonl gets each step's row as soon as it is known, the newest step first, and a second call
+does what is missing; evaluation.html shows the curves, and the pictures nearest to training images.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's encoders need room on the same card
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from encode import commandline
+from encode.records import InputError, only_one, publish
+from jaxdit import checkpoint, data, exam, exhibits, mesh, page, quality_page, trained
+from jaxdit.metrics import duration
+
+IMAGES = 500
+VERSION = 1  # of what is measured: rows of another one are made anew
+SAY = 10.0  # seconds between two lines of progress
+
+
+def evaluate(
+    workdir: Path,
+    out: Path,
+    *,
+    data_path: str | None = None,
+    steps: str = "all",
+    raw: bool = False,
+    images: int = IMAGES,
+    clip: str | None = None,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Write what is missing of out/evaluation.jsonl, and out/evaluation.html.
+
+    Args:
+      workdir: working folder of a training run.
+      out: folder of the numbers; one process at a time.
+      data_path: OUT/RES; by default that of the training.
+      steps: "all" that are saved, or numbers with commas between them.
+      raw: judge the raw weights instead of the averaged ones.
+      images: how many held-out captions are drawn, at most.
+      clip: folder of a CLIP model, for its score.
+
+    Returns:
+      (rows that were asked for, ascending; a sentence for each step that could not be judged).
+
+    Raises:
+      InputError: nothing saved, no such step, or data that were encoded in another way.
+    """
+    from encode import encoders
+
+    config, _ = trained.describe(workdir)
+    wanted = _steps(workdir, steps, raw)
+    options = config["data"]
+    dataset = data.Dataset(
+        data_path or options["path"],
+        holdout_fraction=options["holdout_fraction"],
+        normalize_vision=options["normalize_vision"],
+    )
+    with only_one(out):
+        scorer = _clip(clip)
+        known = _fingerprint(
+            {name: dataset.info[name] for name in ("fingerprint", "buckets", "latent_mean", "latent_std")},
+            [options["holdout_fraction"], config["flow"]["flip"]],
+        )
+        asked = _fingerprint(VERSION, known, images, config["sample"], getattr(scorer, "hash", None))
+        weights = "raw" if raw else "averaged"
+        states = {step: _state(workdir, step, raw) for step in wanted}
+        rows = read(out / "evaluation.jsonl")
+        there = {
+            row["step"]: row
+            for row in rows
+            if (row["weights"], row["asked"]) == (weights, asked) and states.get(row["step"]) == row["checkpoint"]
+        }
+        missing, problems = [step for step in wanted if step not in there], []
+        if there and missing:
+            print(f"{len(there)} of {len(wanted)} steps are judged already; they stay as they are.")
+        paper, progress = None, None
+        for step in reversed(missing):  # the newest is waited for
+            began = time.monotonic()
+            try:
+                run = trained.load(workdir, step=step, raw=raw)
+            except InputError as error:  # a training beside this has removed it, or it is damaged
+                problems.append(str(error))
+                continue
+            if paper is None:
+                exhibits.refuse_other_data(workdir, run, dataset)
+                paper = exam.prepare(
+                    run,
+                    dataset,
+                    _only(out, f"known-{known}"),
+                    images=images,
+                    vae=encoders.load_vae(dataset.info["encoders"]["vae"]),
+                    vision=exhibits.load_vision(dataset),
+                    clip=scorer,
+                )
+                progress = _Progress(exam.pictures(paper), len(missing))
+            progress.step = step
+            found, strips = exam.sit(paper, run, progress.drawn)
+            row = {
+                "step": step,
+                "weights": weights,
+                "asked": asked,
+                "checkpoint": states[step],
+                "images": len(paper.prompts),
+                "held_out": paper.held_out,
+                "real_images": len(exam.real_vectors(paper)),
+                "training_images": len(paper.training.places),
+                "width": dataset.info["widths"]["vision"],
+                "sampling": {**config["sample"], "solver": "adams"},
+                "data": str(dataset.path),
+                "device": jax.devices()[0].device_kind,
+                "usual": paper.usual,
+                **found,
+                "strips": _save(out, f"{weights}-{step}", strips),
+                "seconds": round(time.monotonic() - began, 1),
+            }
+            there[step] = row = _rounded(row)
+            rows = [old for old in rows if (old["step"], old["weights"], old["asked"]) != (step, weights, asked)]
+            rows.append(row)
+            _write(out / "evaluation.jsonl", rows)
+            quality_page.write(out, [there[known_step] for known_step in sorted(there)])
+            print("\n".join(quality_page.lines(row)), flush=True)
+        mine = [there[step] for step in sorted(there)]
+        if mine:
+            quality_page.write(out, mine)
+    return mine, problems
+
+
+def _steps(workdir: Path, words: str, raw: bool) -> list[int]:
+    item = "state" if raw else "ema"
+    saved = checkpoint.saved_steps(workdir, item)
+    if not saved:
+        other = " with --raw: only the newest steps keep their raw weights" if raw else ""
+        raise InputError(f"{workdir}: no checkpoint has been saved yet{other}; train first, with the same --workdir.")
+    if words == "all":
+        return saved
+    parts = [part.strip() for part in words.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"--steps={words}: numbers with commas between them are wanted, or all.")
+    asked = sorted({int(part) for part in parts})
+    if unknown := [str(step) for step in asked if step not in saved]:
+        raise InputError(
+            f"--steps={words}: step {', '.join(unknown)} is not saved in {workdir}; saved are {', '.join(map(str, saved))}."
+        )
+    return asked
+
+
+def _clip(folder: str | None) -> Any:
+    if not folder:
+        return None
+    from encode.clip import CLIPScore
+
+    return CLIPScore(commandline.path_of(folder))
+
+
+def _fingerprint(*parts: Any) -> str:
+    """12 hexadecimal characters of what numbers depend on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _state(workdir: Path, step: int, raw: bool) -> str:
+    """Which save of this step it is: names (Orbax gives its files random ones) and sizes, without reading gigabytes."""
+    folder = workdir / "checkpoints" / str(step) / ("state" if raw else "ema")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return _fingerprint([(str(path.relative_to(folder)), path.stat().st_size) for path in files])
+
+
+def _only(out: Path, name: str) -> Path:
+    """The folder OUT/name; those of other data, which nobody will ask for again, are removed."""
+    for other in out.glob("known-*"):
+        if other.name != name:
+            shutil.rmtree(other, ignore_errors=True)
+    return out / name
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of evaluation.jsonl; lines that are damaged are left out, and made anew by the next call."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            _ = row["step"], row["weights"], row["asked"], row["checkpoint"]
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            logging.warning("%s: line %d is damaged; its step is judged again.", path, number)
+    return rows
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The whole file or none of it: a kill leaves the rows of before."""
+    rows = sorted(rows, key=lambda row: (row["asked"], row["weights"], row["step"]))
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    publish(temporary, path)
+
+
+def _save(out: Path, name: str, strips: Sequence[tuple[str, list]]) -> list[dict[str, Any]]:
+    """Pictures as JPEG files in OUT/pictures/NAME, and what the row says of them."""
+    folder = out / "pictures" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for number, (words, pictures) in enumerate(strips):
+        names = []
+        for place, (caption, pixels) in enumerate(pictures):
+            file = folder / f"{number:02d}-{place}.jpg"
+            file.write_bytes(page.small(Image.fromarray(pixels), page.SIDE))
+            names.append([caption, str(file.relative_to(out))])
+        found.append({"words": words, "pictures": names})
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    """JSON with five significant digits, what is not finite as null."""
+    if isinstance(value, Mapping):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(part) for part in value]
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
+
+
+class _Progress:
+    """A line now and then: which step, how many pictures, how fast, how long for all steps."""
+
+    def __init__(self, each: int, steps: int):
+        self.each, self.total, self.done, self.step = each, each * steps, 0, 0
+        self._first: tuple[float, int] | None = None  # when the first batch was there, compilation and all
+        self._said = time.monotonic()
+
+    def drawn(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, self.done
+        elif now - self._said > SAY:
+            self._said = now
+            rate = (self.done - self._first[1]) / (now - self._first[0])
+            print(
+                f"Step {self.step:,}: {self.done % self.each or self.each:,} of {self.each:,} pictures, {rate:.3g} a second, "
+                f"{duration((self.total - self.done) / rate)} left for all.",
+                flush=True,
+            )
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Working folder of a training run.", required=True)
+    flags.DEFINE_string("out", None, "Folder for evaluation.jsonl and .html; by default WORKDIR/evaluation.")
+    flags.DEFINE_string("data", None, "Data set OUT/RES; by default that of the training.")
+    flags.DEFINE_string("steps", "all", "Saved steps to judge: numbers with commas between them, or all.")
+    flags.DEFINE_bool("raw", False, "The raw weights instead of the averaged ones.")
+    flags.DEFINE_integer("images", IMAGES, "Held-out captions that are drawn, at most.")
+    flags.DEFINE_string("clip", None, "Folder of a CLIP model (safetensors), for its score.")
+
+
+def main() -> int:
+    given = flags.FLAGS
+    mesh.keep_programs()
+    if given.images < 1:
+        raise InputError(f"--images={given.images}: at least one is needed; {IMAGES} tell well.")
+    workdir = commandline.path_of(given.workdir)
+    out = commandline.path_of(given.out or str(workdir / "evaluation"))
+    try:
+        rows, problems = evaluate(
+            workdir, out, data_path=given.data, steps=given.steps, raw=given.raw, images=given.images, clip=given.clip
+        )
+    except MemoryError as error:
+        return commandline.fail(f"{error}; what was judged before is in {out / 'evaluation.jsonl'}.")
+    except KeyboardInterrupt:
+        print(f"Stopped; what was judged before is in {out / 'evaluation.jsonl'}, and the same command does the rest.")
+        return 3
+    print(f"{len(rows)} steps are judged. Look at {out / 'evaluation.html'}")
+    return commandline.fail("; ".join(problems)) if problems else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is judged stays
+    define_flags()
+    commandline.run(main)
