@@ -12,7 +12,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -349,10 +349,12 @@ def read_index(root: Path, bucket: str, shard: int) -> np.ndarray:
     return rows
 
 
-def read_bucket_index(root: Path, dataset: Mapping[str, Any], bucket: str) -> np.ndarray:
-    """[samples] of INDEX_DTYPE of one bucket, in record order."""
+def read_bucket_index(
+    root: Path, dataset: Mapping[str, Any], bucket: str, keep: Callable[[np.ndarray], np.ndarray] = np.asarray
+) -> np.ndarray:
+    """[samples] of INDEX_DTYPE of one bucket, in record order; or of what `keep` makes of each shard's rows."""
     info = dataset["buckets"][bucket]
-    rows = np.concatenate([read_index(root, bucket, shard) for shard in range(info["shards"])])
+    rows = np.concatenate([keep(read_index(root, bucket, shard)) for shard in range(info["shards"])])
     if len(rows) != info["count"]:
         raise DatasetError(f"{root}/index-{bucket}-*: {len(rows)} rows found, dataset.json says {info['count']}.")
     return rows

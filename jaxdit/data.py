@@ -13,6 +13,7 @@ import math
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ TEXT_MULTIPLE = 64
 # Threads that read records, kept for good: array_record, asked for a batch, starts one a shard every time, and their fresh memory
 # cost a quarter of the processor time at 1024 and 190 MB at 256 (bench/results/loader-*.json, "ours before").
 READERS = 4
+# What stays in memory of a record, with its row number (4 bytes more) 13 bytes; "check" is a sum over its pixel hash, by which a
+# damaged index is told.
+KEPT = np.dtype([("check", "<u4"), ("text_length", "<u2"), ("text_flip_length", "<u2"), ("flags", "u1")])
+HELD_OUT = 128  # a bit of "flags"
+MIXED = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)  # odd
 
 
 def generator(*parts: int | str) -> np.random.Generator:
@@ -47,6 +53,17 @@ def held_out(pixel_hashes: np.ndarray, fraction: float) -> np.ndarray:
         return np.zeros(len(pixel_hashes), bool)
     heads = b"".join([hashlib.sha256(one).digest()[:8] for one in pixel_hashes.tolist()])
     return (np.frombuffer(heads, ">u8") >> np.uint64(12)) / 2.0**52 < fraction
+
+
+def kept_rows(rows: np.ndarray, holdout_fraction: float = 0.0) -> np.ndarray:
+    """[records] of KEPT of [records] of records.INDEX_DTYPE; what is held out is marked in "flags"."""
+    kept = np.empty(len(rows), KEPT)
+    words = np.ascontiguousarray(rows["pixel_hash"]).view("<u8").reshape(-1, len(MIXED))
+    kept["check"] = (words * MIXED).sum(1) >> np.uint64(32)
+    for name in ("text_length", "text_flip_length"):
+        kept[name] = np.clip(rows[name], 0, 65_535)
+    kept["flags"] = rows["flags"] & (HELD_OUT - 1) | HELD_OUT * held_out(rows["pixel_hash"], holdout_fraction)
+    return kept
 
 
 def scale_vision(vision: np.ndarray, normalize: bool) -> np.ndarray:
@@ -141,11 +158,13 @@ class Dataset:
         self.describe(records.load_dataset(self.path))
         self.normalize_vision = normalize_vision
         self.buckets = sorted(self.info["buckets"])
-        self.index = {name: records.read_bucket_index(self.path, self.info, name) for name in self.buckets}
-        self.train, self.held_out = {}, {}
+        keep = partial(kept_rows, holdout_fraction=holdout_fraction)
+        self.index = {name: records.read_bucket_index(self.path, self.info, name, keep) for name in self.buckets}
+        self.train, self.held_out, self._masked = {}, {}, {}
         for name, rows in self.index.items():
-            held = held_out(rows["pixel_hash"], holdout_fraction)
-            self.train[name], self.held_out[name] = np.flatnonzero(~held), np.flatnonzero(held)
+            held = (rows["flags"] & HELD_OUT).astype(bool)
+            self.train[name], self.held_out[name] = (np.flatnonzero(part).astype(np.uint32) for part in (~held, held))
+            self._masked[name] = bool((rows["flags"] & records.HAS_MASK).any())
         self.text_lengths = self._text_lengths(text_lengths)
         _allow_open_files(sum(info["shards"] for info in self.info["buckets"].values()))
         self._sources = {name: records.open_bucket(self.path, name) for name in self.buckets}
@@ -221,7 +240,7 @@ class Dataset:
                 np.stack([sample["vision" + end] for sample, end in zip(samples, suffix)]), self.normalize_vision
             ),
         }
-        if (self.index[bucket]["flags"] & records.HAS_MASK).any():
+        if self._masked[bucket]:
             whole = np.ones(latents[0].shape[:2], np.uint8)
             masks = [sample["mask"] if sample["mask"].size else whole for sample in samples]
             batch["mask"] = np.stack([mask[:, ::-1] if flip else mask for mask, flip in zip(masks, flips)])
@@ -239,7 +258,9 @@ class Dataset:
     def _agree(self, bucket: str, rows: np.ndarray, samples: Sequence[Mapping[str, Any]]) -> None:
         """An index has no checksum as a record has: a damaged one would flip what must not be, or hold out another image."""
         found = records.index_rows([{**sample, "pixel_hash": sample["pixel_hash"].decode()} for sample in samples])
-        wrong = np.flatnonzero(found != self.index[bucket][rows])
+        stored = self.index[bucket][rows]
+        stored["flags"] &= HELD_OUT - 1
+        wrong = np.flatnonzero(kept_rows(found) != stored)
         if len(wrong):
             (shard,) = self._shards(bucket, [int(np.asarray(rows)[wrong[0]])])
             raise records.DatasetError(
@@ -321,7 +342,7 @@ class PlanIterator(grain.DatasetIterator):
         self._plan = plan
         self._micro_batch = 0
         self._taken = dict.fromkeys(plan.train, 0)
-        self._permutations: dict[str, tuple[int, np.ndarray]] = {}
+        self._permutations: dict[str, tuple[int, grain.MapDataset]] = {}
 
     def __next__(self) -> dict[str, Any]:
         plan = self._plan
@@ -339,7 +360,9 @@ class PlanIterator(grain.DatasetIterator):
         rows = self._plan.train[name]
         epoch, place = divmod(position, len(rows))
         if self._permutations.get(name, (-1,))[0] != epoch:
-            self._permutations[name] = (epoch, generator(self._plan.seed, name, epoch).permutation(len(rows)))
+            seed = int(generator(self._plan.seed, name, epoch).integers(2**32))
+            # A permutation by arithmetic (Grain's index shuffle): no array of it, no pass over the data when an epoch begins.
+            self._permutations[name] = (epoch, grain.MapDataset.range(len(rows)).shuffle(seed=seed))
         return int(rows[self._permutations[name][1][place]])
 
     def get_state(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -289,3 +290,42 @@ def test_a_shard_whose_pictures_are_all_too_small_for_a_resolution_is_passed_ove
         got, _ = batches(tmp_path / "out" / str(size), 60)
         seen = {(batch["bucket"], row) for batch in got for row in batch["rows"]}
         assert len(seen) == count
+
+
+def test_ten_million_records_are_shuffled_and_gone_on_with_by_thirteen_bytes_each(monkeypatch):
+    """No array of a permutation, no pass over the data: an epoch begins, and a resume goes on, at once."""
+    count = 10_000_000
+    hashes = np.random.default_rng(0).integers(0, 256, (1000, 32), np.uint8).view("S32")[:, 0]
+    shard = np.zeros(1000, records.INDEX_DTYPE)
+    shard["pixel_hash"], shard["text_length"], shard["text_flip_length"], shard["flags"] = (
+        hashes,
+        8,
+        8,
+        records.CAN_FLIP,
+    )
+    monkeypatch.setattr(records, "read_index", lambda root, bucket, number: shard)
+    tracemalloc.start()
+    facts = {"buckets": {"64x64": {"count": count, "shards": count // 1000}}}
+    index = records.read_bucket_index(Path("nowhere"), facts, "64x64", data.kept_rows)
+    rows = np.arange(count, dtype=np.uint32)
+    held = tracemalloc.get_traced_memory()[0]
+    assert index.nbytes + rows.nbytes == 13 * count and held <= 16 * count
+    plan = data.Plan({"64x64": rows}, seed=3, micro_batch=64, flip=0.5)
+    tracemalloc.reset_peak()
+    iterator = iter(plan)
+    first = [next(iterator)["rows"] for _ in range(3)]
+    iterator.set_state({"micro_batch": 10**9, "taken": {"64x64": 64 * 10**9 + 17}})  # six thousand epochs on
+    later = next(iterator)["rows"]
+    assert tracemalloc.get_traced_memory()[1] - held < 2**20
+    tracemalloc.stop()
+    assert len(set(np.concatenate(first).tolist())) == 3 * 64 and not set(later.tolist()) & set(first[0].tolist())
+    assert 0.4 < np.concatenate([*first, later]).mean() / count < 0.6
+
+
+def test_any_byte_of_a_pixel_hash_changes_what_is_kept_of_it():
+    row = np.zeros(1, records.INDEX_DTYPE)
+    row["pixel_hash"] = b"0123456789abcdef0123456789abcdef"
+    for place in range(32):
+        other = row.copy()
+        other["pixel_hash"] = row["pixel_hash"][0][:place] + b"x" + row["pixel_hash"][0][place + 1 :]
+        assert data.kept_rows(other) != data.kept_rows(row), place
