@@ -309,6 +309,7 @@ def test_what_is_shipped_is_the_code_that_is_tested(exported):
         assert (exported / "torch_dit" / name).read_bytes() == (ROOT / "torch_dit" / name).read_bytes()
 
 
+@pytest.mark.all
 def test_the_comfyui_folder_loads_and_draws_as_comfyui_would_call_it(workdir, exported, reference, tmp_path):
     out = tmp_path / "my-model"
     export.export(workdir, out, form="comfyui")

@@ -170,6 +170,7 @@ def test_a_mesh_that_cannot_be_is_refused_before_anything_is_touched(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.all
 def test_a_run_on_a_mesh_goes_on_on_another_and_says_so(path, tmp_path, caplog):
     """Eight devices as 2 x 4, then one, then sixteen as 8 x 2."""
     options = {"train.batch_size": 16, "train.micro_batch": 16, "optim.warmup_steps": 0}

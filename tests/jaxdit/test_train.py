@@ -364,6 +364,7 @@ def test_a_run_of_poison_stops_and_names_the_last_good_checkpoint(tmp_path):
     assert metrics.read(tmp_path / "run")[-1]["loss"] is None
 
 
+@pytest.mark.all
 def test_eight_devices_compute_what_one_does(path, undisturbed, tmp_path):
     config = {"train.batch_size": 8, "train.micro_batch": 8, "train.total_steps": 20, "checkpoint.every": 1000}
     config |= {"data.holdout_fraction": 0.4, "train.eval_every": 1, "train.eval_images": 12, "train.eval_budget": 1.0}
