@@ -87,9 +87,8 @@ def normalize(latents: Sequence[np.ndarray], mean: np.ndarray, std: np.ndarray) 
     batch = np.empty((len(latents), *latents[0].shape), np.float32)
     for place, latent in zip(batch, latents):
         place[...] = latent
-    rows = batch.reshape(
-        *batch.shape[:2], -1
-    )  # NumPy is three times as fast over whole rows as over 16 channels at a time
+    # NumPy is three times as fast over whole rows as over 16 channels at a time.
+    rows = batch.reshape(*batch.shape[:2], -1)
     rows -= np.tile(mean, batch.shape[2])
     rows /= np.tile(std, batch.shape[2])
     return batch
