@@ -71,7 +71,7 @@ def ends(started, within=60.0):
 
 
 def wait_for(workdir, step, started):
-    until = time.monotonic() + 60
+    until = time.monotonic() + 240  # four processes that compile at once on two busy cores
     while time.monotonic() < until and all(process.poll() is None for process in started):
         rows = metrics.read(workdir)
         if rows and rows[-1]["step"] >= step:
@@ -132,7 +132,7 @@ def test_four_processes_and_the_death_of_the_first(path, one, tmp_path):
     for process in started:
         process.send_signal(signal.SIGTERM)
     assert [code for code, _ in ends(started)] == [3] * 4
-    found = ends(begin(path, workdir, 4, **{"mesh.fsdp": 2}))
+    found = ends(begin(path, workdir, 4, **{"mesh.fsdp": 2}), 300)
     assert [code for code, _ in found] == [0] * 4, found
     assert_like_one(workdir, one, 40)
 
