@@ -162,15 +162,27 @@ def _summed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row | {"GB": round(row["GB"], 4)} for row in rows.values()]
 
 
-def seconds(rows: list[Mapping[str, Any]], cluster: Mapping[str, Any], fsdp: int) -> float:
-    """Time that collectives take one after the other on a ring; a group that is no larger than a machine lies within it."""
-    total = 0.0
+def seconds(rows: list[Mapping[str, Any]], cluster: Mapping[str, Any], devices: int, fsdp: int) -> float:
+    """Time that collectives take one after the other, on rings.
+
+    Args:
+      rows: of `compiled`: kind, cards of a group, times, GB.
+      cluster: one of CLUSTERS.
+      devices, fsdp: of the mesh. A group of fsdp is made of neighbours; one of all cards goes within each machine first and
+        then between machines, over the links of all its cards; any other has one card in each machine.
+    """
+    total, machine = 0.0, min(cluster["a machine"], devices)
     for row in rows:
-        cards, size = row["cards"], row["GB"] * 1e9
-        # A group of fsdp is made of neighbours; one over data has a card in each machine, or is all cards.
-        within = cards <= cluster["a machine"] and cards == fsdp
-        share = (2 if row["kind"] == "all-reduce" else 1) * (cards - 1) / cards
-        total += share * size / cluster["within" if within else "between"] + LATENCY * row["times"]
+        cards, size = row["cards"], row["GB"] * 1e9 * (2 if row["kind"] == "all-reduce" else 1)
+        if cards == fsdp <= machine:
+            total += size * (cards - 1) / cards / cluster["within"]
+        elif cards == devices:
+            machines = devices // machine
+            total += size * (machine - 1) / machine / cluster["within"]
+            total += size / machine * (machines - 1) / machines / cluster["between"]
+        else:
+            total += size * (cards - 1) / cards / cluster["between"]
+        total += LATENCY * row["times"]
     return total
 
 
@@ -188,8 +200,8 @@ def predict(found: Mapping[str, Any], cluster: Mapping[str, Any], batch: int, st
     images = micro_batches * found["devices"] * each
     flops = estimate.hardware_flops(settings, latent, TEXT, remat=settings["remat"])
     computing = micro_batches * each * flops / (estimate.UTILISATION * estimate.peak_flops(cluster["card"], "bfloat16"))
-    inside = micro_batches * seconds(found["micro-batch"]["collectives"], cluster, found["fsdp"])
-    once = seconds(found["update"]["collectives"], cluster, found["fsdp"])
+    inside = micro_batches * seconds(found["micro-batch"]["collectives"], cluster, found["devices"], found["fsdp"])
+    once = seconds(found["update"]["collectives"], cluster, found["devices"], found["fsdp"])
     hidden = max(computing, inside) + once  # a layer is gathered while the one before computes
     return {
         "images an update": images,

@@ -60,11 +60,17 @@ def test_groups_are_read_in_all_of_their_forms(groups, cards):
 def test_a_ring_of_eight_sends_seven_eighths_and_an_all_reduce_twice_that():
     cluster = {"a machine": 8, "within": 100e9, "between": 10e9}
     gather = {"kind": "all-gather", "cards": 8, "times": 1, "GB": 8.0}
-    assert scale_model.seconds([gather], cluster, 8) == pytest.approx(0.07 + scale_model.LATENCY)
-    reduce = {"kind": "all-reduce", "cards": 8, "times": 1, "GB": 8.0}
-    assert scale_model.seconds([reduce], cluster, 1) == pytest.approx(
-        1.4 + scale_model.LATENCY
-    )  # a card in each machine
+    assert scale_model.seconds([gather], cluster, 64, 8) == pytest.approx(0.07 + scale_model.LATENCY)
+    apart = {"kind": "all-reduce", "cards": 8, "times": 1, "GB": 8.0}  # a card in each of eight machines
+    assert scale_model.seconds([apart], cluster, 64, 1) == pytest.approx(1.4 + scale_model.LATENCY)
+    every = {
+        "kind": "all-reduce",
+        "cards": 64,
+        "times": 1,
+        "GB": 8.0,
+    }  # within machines, and an eighth of it between them
+    assert scale_model.seconds([every], cluster, 64, 1) == pytest.approx(0.14 + 0.175 + scale_model.LATENCY)
+    assert scale_model.seconds([every | {"cards": 8}], cluster, 8, 1) == pytest.approx(0.14 + scale_model.LATENCY)
 
 
 def test_more_communication_never_makes_a_step_faster():
