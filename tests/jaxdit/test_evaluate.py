@@ -1,0 +1,241 @@
+"""The evaluation of a real small run, by the real command."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import jax
+import make_data
+import numpy as np
+import pytest
+from tiny_run import tiny
+
+from bench import gate_power
+from encode import encoders
+from encode.records import InputError, write_json
+from jaxdit import checkpoint, data, evaluate, exam, exhibits, model, quality, quality_page, train, trained
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "jaxdit.evaluate", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A model of 200 steps on 24 of 40 generated photographs; untrained weights stand as step 1."""
+    folder = tmp_path_factory.mktemp("quality")
+    path = gate_power.photographs(folder, count=40)
+    config = gate_power.configured(path, steps=200, layers=2, width=64, heads=2)
+    config.data.holdout_fraction = 0.4
+    config.sample.steps = 4
+    train.train(config, folder / "run")
+    checkpoint.save_weights(folder / "run", 1, untrained(config, data.Dataset(path).info))
+    return folder / "run"
+
+
+def untrained(config, described):
+    """Weights at random, the last layer too: as a run begins with it, it is zero, and all that comes is the noise."""
+    initial = model.initial_parameters(trained.model_settings(config.model, described["widths"]), 0)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: leaf + 0.02 * rng.standard_normal(leaf.shape, np.float32), initial)
+
+
+@pytest.fixture(scope="module")
+def judged(workdir):
+    done = call(f"--workdir={workdir}", "--images=12")
+    assert done.returncode == 0, done.stderr
+    return done, evaluate.read(workdir / "evaluation" / "evaluation.jsonl")
+
+
+def test_every_saved_step_has_a_row_and_the_trained_ones_are_better(judged, workdir):
+    done, rows = judged
+    assert [row["step"] for row in rows] == checkpoint.saved_steps(workdir) == [1, 200]
+    first, last = rows
+    for name in ("own", "alone"):
+        assert last[name]["frechet"] < 0.7 * first[name]["frechet"]
+        assert last[name]["kernel"] < first[name]["kernel"]
+    assert last["own"]["frechet"] < last["alone"]["frechet"]  # the vector says what light there is
+    assert last["loss"]["held_out/text_vision"] < 0.9 * first["loss"]["held_out/text_vision"]
+    heard = [row["exchange"]["effects"]["light_by_vector"]["value"]["mean"] for row in rows]
+    assert abs(heard[0]) < 0.1 < heard[1] - heard[0]
+    assert last["held_out"] and last["images"] == 12 and last["usual"]["training"]["frechet"] < 10
+    assert "Step 200 (averaged weights, 12 pictures" in done.stdout
+    assert "few: the Fréchet distance is too high" in done.stdout
+
+
+def test_the_page_shows_curves_pairs_and_what_must_be_known(judged, workdir):
+    _, rows = judged
+    page = (workdir / "evaluation" / "evaluation.html").read_text()
+    for part in (
+        "Through the training",
+        "Fréchet distance",
+        "nearest training image",
+        "the held-out image",
+        "Step 1<",
+    ):
+        assert part in page
+    assert page.count("<img") == sum(len(strip["pictures"]) for row in rows for strip in row["strips"])
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_second_call_does_only_what_is_missing(judged, workdir, tmp_path):
+    file = workdir / "evaluation" / "evaluation.jsonl"
+    before = file.read_text()
+    out = tmp_path / "out"
+    shutil.copytree(workdir / "evaluation", out)
+    lines = before.splitlines()
+    (out / "evaluation.jsonl").write_text(f"{lines[0]}\n{lines[1][:200]}")  # the last one was cut off
+    asked = []
+    with mock.patch.object(exam, "sit", wraps=exam.sit) as sit:
+        rows, problems = evaluate.evaluate(workdir, out, images=12)
+        asked = [given.args[1].step for given in sit.call_args_list]
+    assert asked == [200] and not problems
+    old = json.loads(lines[1])
+    assert rows[1] | {"seconds": 0} == old | {"seconds": 0}  # the same numbers
+    with mock.patch.object(exam, "sit", side_effect=AssertionError("nothing is missing")):
+        assert evaluate.evaluate(workdir, out, images=12)[0] == rows
+
+
+@pytest.mark.all
+def test_a_kill_leaves_whole_rows_and_the_next_call_goes_on(judged, workdir, tmp_path):
+    command = [
+        sys.executable, "-m", "jaxdit.evaluate", f"--workdir={workdir}", f"--out={tmp_path}", "--images=12",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    file = tmp_path / "evaluation.jsonl"
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        for _ in range(600):
+            if file.exists():
+                break
+            process.wait(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    there = {row["step"]: dict(row, seconds=0) for row in evaluate.read(file)}
+    assert there[200] == dict(judged[1][-1], seconds=0)  # the newest is the first to be there
+    with mock.patch.object(exam, "sit", wraps=exam.sit) as sit:
+        assert [row["step"] for row in evaluate.evaluate(workdir, tmp_path, images=12, steps="150,300")[0]] == [
+            150,
+            300,
+        ]
+        assert [given.args[1].step for given in sit.call_args_list] == [step for step in (1,) if step not in there]
+
+
+@pytest.mark.all
+def test_ctrl_c_ends_with_3(judged, workdir, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxdit.evaluate", f"--workdir={workdir}", f"--out={tmp_path}", "--images=12"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / ".lock").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    words, errors = process.communicate(timeout=60)
+    assert process.returncode == 3 and "the same command does the rest" in words and "Traceback" not in errors
+
+
+def test_other_weights_under_the_same_step_are_judged_anew(judged, workdir, tmp_path):
+    run = trained.load(workdir, step=200)
+    before = evaluate._state(workdir, 200, False)
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    assert evaluate._state(copy, 200, False) == before  # a copy is the same save
+    shutil.rmtree(copy / "checkpoints" / "200")
+    checkpoint.save_weights(copy, 200, run.params)
+    assert evaluate._state(copy, 200, False) != before
+
+
+def test_training_images_given_out_as_samples_are_named_as_learnt_by_heart(workdir, tmp_path):
+    """A model that answers every wish with a training image."""
+    run = trained.load(workdir)
+    dataset = data.Dataset(run.config["data"]["path"], holdout_fraction=0.4)
+    vae = encoders.load_vae(dataset.info["encoders"]["vae"])
+    paper = exam.prepare(
+        run, dataset, tmp_path, images=12, vae=vae, vision=exhibits.load_vision(dataset), clip=None
+    )  # fmt: skip
+    (bucket,) = dataset.buckets
+    stolen = [row["latent_flip"].astype(np.float32) for row in dataset.records(bucket, dataset.train[bucket])]
+
+    def steal(run, asked, given, options, most):
+        yield [(k, stolen[wish.seed % len(stolen)].copy()) for k, wish in enumerate(asked)]
+
+    with mock.patch.object(exam.drawing, "draw", steal):
+        row, strips = exam.sit(paper, run, lambda count: None)
+    for name in ("own", "alone"):
+        memory = row["memory"][name]["latents"]
+        assert memory["memorised"] and memory["copies"] == 1.0 and memory["nearer"] == 1.0 and memory["closest"] < 1e-3
+    told = " ".join(
+        quality_page.findings(row | {"held_out": True, "images": 12, "real_images": 24, "width": 16, "usual": {}})
+    )
+    assert "Learnt by heart: 100%" in told and "by their latents" in told
+    assert "Too weak: how far light moves" in told  # a thief does not listen
+    words, ((_, drawn), (_, nearest), _) = strips[0][0], strips[0][1]
+    assert "0.00 of the usual distance" in words and "mirrored" in words
+    assert (
+        np.abs(drawn.astype(int) - nearest).mean() < 1
+    )  # mirrored: the picture that is shown is the view that was met
+
+
+@pytest.mark.all
+def test_without_held_out_images_the_training_images_stand_in_and_it_says_so(tmp_path):
+    path, folder = tmp_path / "64", tmp_path / "run"
+    make_data.dataset(path, {"64x64": 9, "48x80": 6}, vision=16)
+    described = json.loads((path / "dataset.json").read_text())
+    described["encoders"]["vision"]["area"] = 4096
+    write_json(path / "dataset.json", described)
+    config = tiny(path, **{"sample.steps": 2})
+    checkpoint.save_weights(folder, 20, untrained(config, described))
+    write_json(folder / "config.json", json.loads(config.to_json_best_effort()))
+    write_json(folder / "dataset.json", described)
+    ((row,), problems) = evaluate.evaluate(folder, tmp_path / "out", images=14)
+    assert not problems and not row["held_out"] and "training" not in row["usual"]
+    assert "No image of this run is held out" in " ".join(quality_page.findings(row))
+    assert row["memory"]["own"]["latents"]["copies_real"] == 0  # an image is not its own neighbour
+    assert set(row["loss"]) == {f"training/{name}" for name in ("text_vision", "text", "vision", "none")}
+
+
+def test_what_cannot_be_judged_is_named(workdir, tmp_path):
+    for wrong, words in (
+        ({"steps": "7"}, "step 7 is not saved"),
+        ({"steps": "a"}, "numbers with commas"),
+        ({"clip": "/nowhere"}, "no such folder"),
+        ({"data_path": tmp_path}, "dataset.json"),
+    ):
+        with pytest.raises(InputError, match=words):
+            evaluate.evaluate(workdir, tmp_path / "out", **wrong)
+    done = call(f"--workdir={workdir}", "--images=0")
+    assert done.returncode == 2 and "at least one" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_padding_is_not_looked_at():
+    pixels = np.arange(32 * 48 * 3, dtype=np.uint8).reshape(32, 48, 3)
+    mask = np.zeros((4, 6), np.uint8)
+    mask[1:3, 1:6] = 1
+    np.testing.assert_array_equal(exhibits.whole(pixels, {"mask": mask}), pixels[8:24, 8:48])
+    np.testing.assert_array_equal(exhibits.whole(pixels, {"mask": mask[:0, :0]}), pixels)
+
+
+def test_what_is_known_of_training_images_is_read_once_and_exact(workdir, tmp_path):
+    run = trained.load(workdir)
+    dataset = data.Dataset(run.config["data"]["path"], holdout_fraction=0.4)
+    known = exhibits.know(dataset, run, dataset.train, tmp_path / "training", 2, "training")
+    (bucket,) = dataset.buckets
+    assert [row for _, row in known.places] == dataset.train[bucket].tolist()
+    record = dataset.records(bucket, dataset.train[bucket][3:4])[0]
+    np.testing.assert_array_equal(known.vectors[3], np.stack([record["vision"], record["vision_flip"]]))
+    flipped = exhibits.normalised(record["latent_flip"].astype(np.float32)[None], run)
+    np.testing.assert_array_equal(known.latents[3, 1], quality.thumbnails(flipped)[0])
+    assert known.hashes[3] == record["pixel_hash"]
+    with mock.patch.object(dataset, "records", side_effect=AssertionError("read again")):
+        exhibits.know(dataset, run, dataset.train, tmp_path / "training", 2, "training")
