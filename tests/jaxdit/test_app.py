@@ -144,7 +144,7 @@ def test_one_is_drawn_at_a_time_and_the_others_know_their_place(at, monkeypatch)
 
     monkeypatch.setattr(trained, "generate", generate)
     jobs = [at.take_order(replace(ORDER, seed=k)) for k in range(5)]
-    while not jobs[0].phase.startswith("Step 1 of 3"):
+    while not (jobs[0].phase.startswith("Step 1 of 3") and jobs[0].views[0][0]):
         time.sleep(0.01)
     assert [at.ahead(job) for job in jobs] == [0, 1, 2, 3, 4] and jobs[0].done == pytest.approx(1 / 3)
     assert jobs[0].views[0][0][:2] == b"\xff\xd8"  # the first is seen early
