@@ -104,7 +104,7 @@ def test_ten_operations_of_a_real_step_are_named_with_their_lines(found):
         assert row["code"] and row["code"] not in profile_step.WAITING
         assert row["name"].startswith(f"jit({row['program'].removeprefix('jit_')})"), row
     assert any("Block.__call__" in row["lines"] for row in found["lines"])
-    assert {row["program"] for row in rows} <= {"jit_accumulate_gradients", "jit_apply_update"}
+    assert {row["program"] for row in rows[: profile_step.MOST]} <= {"jit_accumulate_gradients", "jit_apply_update"}
 
 
 def test_operations_within_the_scan_run_once_a_layer(found):
