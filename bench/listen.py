@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -63,15 +64,34 @@ def listen(
     return rows
 
 
-def first_passes(rows: list[dict[str, Any]], name: str) -> dict[str, dict[str, float] | None]:
-    """For each check the samples and seconds at the first look from which on it passes; None: never."""
+def first_passes(rows: list[dict[str, Any]], name: str, rate: float) -> dict[str, dict[str, float] | None]:
+    """For each check the samples at the first look from which on it passes, and their seconds at `rate`; None: never."""
     found = {}
     for check, needed in judge.THRESHOLDS.items():
         passes = [row[name][check] <= needed if check in judge.AT_MOST else row[name][check] >= needed for row in rows]
         since = len(passes) - (passes[::-1].index(False) if False in passes else len(passes))
         row = rows[since] if since < len(rows) else None
-        found[check] = row and {"samples": row["samples"], "seconds": round(row["seconds"], 1)}
+        found[check] = row and {"samples": row["samples"], "seconds": round(row["samples"] / rate, 1)}
     return found
+
+
+def fastest(curves: dict[str, dict[str, list[dict[str, Any]]]]) -> float:
+    """Samples a second between two looks, the best of all trainings: they cost the same, and other work may have slowed some."""
+    return max(
+        (after["samples"] - before["samples"]) / (after["seconds"] - before["seconds"])
+        for seeds in curves.values()
+        for rows in seeds.values()
+        for before, after in pairwise(rows)
+    )
+
+
+def firsts(curves: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, Any]:
+    """{setting: {seed: {weights: `first_passes`}}}."""
+    rate = fastest(curves)
+    return {
+        setting: {seed: {look: first_passes(rows, look, rate) for look in LOOKS} for seed, rows in seeds.items()}
+        for setting, seeds in curves.items()
+    }
 
 
 def plot(result: dict[str, Any]) -> str:
@@ -125,10 +145,11 @@ def main() -> int:
                 seed=seed,
             )
             curves[str(seed)] = rows
-            first = {look: first_passes(rows, look) for look in LOOKS}
-            result["first"].setdefault(setting, {})[str(seed)] = first
+            result |= {"samples a second, at best": round(fastest(result["curves"]), 1)}
+            result["first"] = firsts(result["curves"])
             path.write_text(json.dumps(result, indent=1) + "\n")
             path.with_suffix(".html").write_text(plot(result))
+            first = result["first"][setting][str(seed)]
             passed = {check: at and at["samples"] for check, at in first["averaged"].items()}
             print(f"{setting}, seed {seed}: samples until it passes {passed}", flush=True)
     return 0

@@ -9,12 +9,25 @@ def row(step, share, margin):
 
 def test_a_check_passes_from_the_look_after_its_last_failure():
     rows = [row(100, 0.99, 0.4), row(200, 0.5, 0.9), row(300, 0.82, 0.6), row(400, 1.0, 0.3)]
-    found = listen.first_passes(rows, "averaged")
+    found = listen.first_passes(rows, "averaged", 80.0)
     assert found["vision_light"] == {"samples": 2400, "seconds": 30.0}  # the pass at 100 was chance
     assert found["memory_latent"] == {"samples": 3200, "seconds": 40.0}
     assert found["memory_margin"] == {"samples": 3200, "seconds": 40.0}  # at most a half
-    assert listen.first_passes(rows[:2], "averaged")["vision_light"] is None
-    assert listen.first_passes(rows[3:], "averaged")["vision_light"] == {"samples": 3200, "seconds": 40.0}
+    assert listen.first_passes(rows[:2], "averaged", 80.0)["vision_light"] is None
+    assert listen.first_passes(rows[3:], "averaged", 80.0)["vision_light"] == {"samples": 3200, "seconds": 40.0}
+
+
+def test_seconds_are_those_of_the_fastest_stretch_of_all_trainings():
+    slow = [row(100, 0.9, 0.4) | {"seconds": 50.0}, row(200, 0.9, 0.4) | {"seconds": 150.0}]
+    quick = [row(100, 0.2, 0.4) | {"seconds": 10.0}, row(200, 0.9, 0.4) | {"seconds": 30.0}]
+    curves = {"shift 1": {"0": slow}, "shift 3": {"0": quick}}
+    assert listen.fastest(curves) == 40.0
+    for rows in (slow, quick):
+        for one in rows:
+            one |= {"raw": one["averaged"], "guided": one["averaged"]}
+    found = listen.firsts(curves)
+    assert found["shift 1"]["0"]["averaged"]["vision_light"] == {"samples": 800, "seconds": 20.0}
+    assert found["shift 3"]["0"]["raw"]["vision_light"] == {"samples": 1600, "seconds": 40.0}
 
 
 def test_the_plot_has_a_line_a_setting():
