@@ -289,7 +289,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"Stopped; what was judged before is in {out / 'evaluation.jsonl'}, and the same command does the rest.")
         return 3
-    print(f"{len(rows)} steps are judged. Look at {out / 'evaluation.html'}")
+    print(f"Judged: {len(rows)} of the run's checkpoints. Look at {out / 'evaluation.html'}")
     return commandline.fail("; ".join(problems)) if problems else 0
 
 
