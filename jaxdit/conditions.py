@@ -153,6 +153,7 @@ def encode(
     cache: Cache,
     vae: Any,
     known: Mapping[tuple[str, str], np.ndarray],
+    tell: Callable[[str], None] = print,
 ) -> tuple[list[Given | None], list[str]]:
     """The conditions of all wishes.
 
@@ -163,6 +164,7 @@ def encode(
       cache: where to look first.
       vae: the image encoder, for pictures to start from.
       known: ("text", prompt) and ("vision", name): arrays that need no encoding.
+      tell: takes a sentence about what is drawn otherwise than it was asked for.
 
     Returns:
       (conditions, one a wish, None where something of it cannot be had; a sentence for each problem).
@@ -170,7 +172,7 @@ def encode(
     Raises:
       InputError: an encoder is missing, or is not the one that the data set was encoded with.
     """
-    work = _Work(config, dataset, hashes, cache, dict(known))
+    work = _Work(config, dataset, hashes, cache, dict(known), tell)
     if texts := sorted({wish.prompt for wish in wishes if wish.prompt and ("text", wish.prompt) not in known}):
         work.texts(texts)
     work.visions([(name, wish.where) for wish in wishes for name in wish.references if ("vision", name) not in known])
@@ -183,7 +185,8 @@ def encode(
 class _Work:
     """Arrays found so far, by kind and name, and what went wrong."""
 
-    def __init__(self, config, dataset, hashes, cache, found):
+    def __init__(self, config, dataset, hashes, cache, found, tell):
+        self.tell = tell
         self.config, self.dataset, self.hashes, self.cache, self.found = config, dataset, hashes, cache, found
         self.problems: list[str] = []
         self.failed: set[tuple[str, str]] = set()
@@ -219,7 +222,7 @@ class _Work:
             self.found["text", prompt] = stored[prompt]["text"]
             if cut := str(stored[prompt]["cut"]):
                 limit = self.dataset["encoders"]["text"]["max_tokens"]
-                print(
+                self.tell(
                     f"A prompt is longer than the {limit} tokens that the text encoder takes; its last {len(cut):,} characters "
                     f"are cut: {_ends(cut)!r}"
                 )

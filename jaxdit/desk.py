@@ -292,6 +292,8 @@ class Desk:
         for kind, value in at.draw(plan, self.vae, self.cache, watch=watch):
             if kind == "problem":
                 job.problems.append(f"{value[0].upper()}{value[1:]}.")
+            elif kind == "note":
+                job.problems.append(f"{value}.")
             elif kind == "work":
                 job.phase = "Getting ready; the first picture of a shape takes a little longer"
             elif kind == "picture":

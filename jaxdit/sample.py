@@ -157,6 +157,8 @@ class _Session:
         for kind, value in self.studio.draw(plan, vae, cache, known=known, most=flags.FLAGS.batch):
             if kind == "problem":
                 yield value
+            elif kind == "note":
+                print(value)
             elif kind == "work":
                 progress = _Progress(value)
             elif kind == "picture":

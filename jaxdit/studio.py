@@ -92,8 +92,10 @@ class Studio:
 
         Yields:
           ("work", number of pictures that will be drawn), then as it happens ("picture", place of one that is saved),
-          ("batch", how many a batch was), and ("problem", a sentence without its full stop).
+          ("batch", how many a batch was), ("problem", a sentence without its full stop), and ("note", one about a prompt
+          that was cut).
         """
+        notes: list[str] = []
         given, problems = conditions.encode(
             [plan.asked[k] for k in plan.todo],
             self.run.config,
@@ -102,7 +104,9 @@ class Studio:
             cache=cache,
             vae=vae,
             known=known or {},
+            tell=notes.append,
         )
+        yield from (("note", note) for note in notes)
         yield from (("problem", problem) for problem in problems)
         work = [(place, found) for place, found in zip(plan.todo, given) if found is not None]
         yield "work", len(work)

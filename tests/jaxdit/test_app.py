@@ -216,6 +216,12 @@ def test_control_characters_and_lines_of_a_prompt_become_spaces(at):
     assert album.read_settings(at.gallery / job.names[0][0])["prompt"] == "a kite on the left 🪁‍🔥"
 
 
+def test_a_prompt_that_the_text_encoder_cuts_is_named_beside_its_picture(at):
+    job = ended(at.take_order(replace(ORDER, prompt="a kite on the left " * 100)))
+    assert job.names != [[None]] and len(job.problems) == 1
+    assert job.problems[0].startswith("A prompt is longer than the") and "are cut: " in job.problems[0]
+
+
 def test_settings_come_back_from_an_entry(at):
     kept = tuple(at.cabinet.take_in(f"{k}.jpg", picture((k, 0, 0), kind="JPEG")) for k in (1, 200))
     asked = replace(ORDER, references=kept, mix=0.25, seed=3, size="48x80", solver="euler", at=(STEP,), raw=True)
