@@ -255,12 +255,15 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def environment_of_sides(memory_gb: float | None) -> tuple[dict[str, str], int | None]:
-    """(environment, bytes of the card or None on the CPU): huge pages; the share of the card's memory that is allowed.
+    """(environment, bytes of the card or None on the CPU): that of launch/environment.sh; the share of the card's memory allowed.
 
     Raises:
       InputError: --memory_gb without a card.
     """
-    found = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | dict(os.environ)
+    found = {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-individual_dot",
+    } | dict(os.environ)
     try:
         lines = subprocess.run(
             ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
@@ -304,7 +307,8 @@ def main() -> int:
         "load before (1, 5, 15 minutes)": [round(value, 2) for value in load],
         "load after": [round(value, 2) for value in os.getloadavg()],
         "environment": {
-            name: environment.get(name, "") for name in ("GLIBC_TUNABLES", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+            name: environment.get(name, "")
+            for name in ("GLIBC_TUNABLES", "XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
         },
         "versions": {name: version(name) for name in VERSIONS},
         "command": "python -m bench.train_step " + " ".join(sys.argv[1:]),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 KEPT = "attention"
-SCORES_AT_ONCE = {"cpu": 2**18, "gpu": 2**24}  # float32: a megabyte is the cache of a core; 64 work for a whole card
+SCORES_AT_ONCE = {"cpu": 2**19, "gpu": 2**24}  # float32: a megabyte is the cache of a core; 64 work for a whole card
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, implementation: str) -> jax.Array:
@@ -70,8 +70,9 @@ def _forward(q, k, v, lengths):
         total = weights.sum(1, keepdims=True)
         return (_float32_product(weights.astype(v.dtype), v) / total).astype(v.dtype), (top + jnp.log(total))[:, 0]
 
-    out, logarithm = _over_heads(one, q * q.shape[-1] ** -0.5, k, v, lengths)
-    out, logarithm = checkpoint_name(_join(out, len(q)), KEPT), checkpoint_name(logarithm, KEPT)
+    results = jnp.zeros_like(q), jnp.zeros((len(q), q.shape[2], q.shape[1]), jnp.promote_types(q.dtype, jnp.float32))
+    out, logarithm = _over_heads(one, results, q * q.shape[-1] ** -0.5, k, v, lengths)
+    out, logarithm = checkpoint_name(out, KEPT), checkpoint_name(logarithm, KEPT)
     return out, (q, k, v, lengths, out, logarithm)
 
 
@@ -85,9 +86,10 @@ def _backward(kept, gradient):
         to_q = jax.lax.optimization_barrier(k.T @ to_scores).T  # folded into the product it would miss XLA's fast path
         return to_q, to_scores @ q, weights.astype(v.dtype) @ gradient
 
-    dot = (_widen(gradient) * _widen(out)).sum(-1).transpose(0, 2, 1).reshape(logarithm.shape)
-    to_q, to_k, to_v = _over_heads(one, q * scale, k, v, lengths, _split(gradient), logarithm, dot)
-    return _join(to_q, len(q)) * scale, _join(to_k, len(q)), _join(to_v, len(q)), None
+    dot = (_widen(gradient) * _widen(out)).sum(-1).transpose(0, 2, 1)
+    results = tuple(map(jnp.zeros_like, (q, k, v)))
+    to_q, to_k, to_v = _over_heads(one, results, q * scale, k, v, lengths, gradient, logarithm, dot)
+    return to_q * scale, to_k, to_v, None
 
 
 by_heads.defvjp(_forward, _backward)
@@ -108,19 +110,46 @@ def _valid(scores, length, axis):
     return jnp.where(jnp.expand_dims(jnp.arange(scores.shape[axis]) < length, 1 - axis), scores, -1e30)
 
 
-def _over_heads(function, q, k, v, lengths, *rest):
-    """function for each head [n, head_size] of each sample, only so many at a time that their scores are few."""
-    lengths = None if lengths is None else jnp.repeat(lengths, q.shape[2])
-    heads = (_split(q), _split(k), _split(v), lengths, *rest)
-    at_once = max(1, SCORES_AT_ONCE[jax.default_backend()] // (q.shape[1] * k.shape[1]))
-    return jax.lax.map(lambda head: function(*head), heads, batch_size=min(at_once, len(q) * q.shape[2]))
+def _over_heads(function, results, *arrays):
+    """function for each head of each sample, only so many at a time that their scores are few.
+
+    They are cut out of the arrays as they lie: to bring the heads of all samples to the front takes longer than a product of
+    theirs.
+
+    Args:
+      function: of one head, (q [n, head_size], k [m, head_size], ...) -> as many arrays as results.
+      results: zeros [b, n, heads, head_size] or [b, heads, n], to be filled in.
+      arrays: shaped so too, or [b] or None.
+    """
+    samples, n, heads, _ = arrays[0].shape
+    fit = max(1, SCORES_AT_ONCE[jax.default_backend()] // (n * arrays[1].shape[1]))
+    wide = _largest_divisor(heads, fit)
+    deep = _largest_divisor(samples, max(1, fit // heads))
+    several = jax.vmap(jax.vmap(function, [_heads_axis(x) for x in arrays], tuple(map(_heads_axis, results))))
+
+    def of_heads(x, head, shape):
+        """shape of a sample with `head` in place of its heads."""
+        return [head if axis == _heads_axis(x) else size for axis, size in enumerate(shape)]
+
+    def turn(number, found):
+        sample, head = number // (heads // wide) * deep, number % (heads // wide) * wide
+
+        def start(x):
+            return [sample, *of_heads(x, head, [0] * (x.ndim - 1))]
+
+        def part(x):
+            return jax.lax.dynamic_slice(x, start(x), [deep, *of_heads(x, wide, x.shape[1:])])
+
+        parts = several(*jax.tree.map(part, arrays))
+        return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_slice(whole, part, start(whole)), found, parts)
+
+    return jax.lax.fori_loop(0, (samples // deep) * (heads // wide), turn, results)
 
 
-def _split(x):
-    """[b, n, heads, head_size] -> [b heads, n, head_size]."""
-    return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], x.shape[3])
+def _heads_axis(x):
+    """Within one sample, [n, heads, head_size] or [heads, n]; None where heads share what there is."""
+    return None if x is None or x.ndim == 1 else x.ndim - 3
 
 
-def _join(x, count):
-    """The inverse of `_split`, for `count` samples."""
-    return x.reshape(count, -1, *x.shape[1:]).transpose(0, 2, 1, 3)
+def _largest_divisor(count, most):
+    return max(part for part in range(1, count + 1) if count % part == 0 and part <= most)
