@@ -123,7 +123,6 @@ def images_per_second(hardware: float, peak: float, utilisation: float = UTILISA
 # 10% (tests/jaxdit/test_estimate.py holds two of them). bfloat16 is scaled by its size, as XLA's CPU backend computes in
 # float32 there; and XLA fuses more for a GPU, which should need rather less.
 LAYER_WEIGHTS = 0.5  # of one layer's weights: its gradients before they are stacked
-UPDATE_COPIES = 2.5  # of the parameters: the clipped gradients, the changes, new moments not yet written back
 
 
 def memory(
@@ -137,8 +136,8 @@ def memory(
 ) -> dict[str, int]:
     """Bytes on one device when it needs most; the sum of the parts is the whole.
 
-    Two programs alternate: gradients of a micro-batch, and the update. What the update needs beyond what activations left
-    free is counted among the gradients.
+    Two programs alternate: gradients of a micro-batch, and the update, which needs a copy of the parameters for its changes
+    where the first has its own gradients.
 
     Args:
       settings: of the model.
@@ -150,13 +149,12 @@ def memory(
     """
     copy = FLOAT32 * parameters
     activations = activation_bytes(settings, micro_batch, latent_shape, text_length, remat=remat)
-    beside = max(copy, round(UPDATE_COPIES * copy) - activations)
     image = FLOAT32 * math.prod(latent_shape) + FLOAT32 * settings["vision_width"] + FLOAT32
     return {
         "parameters": copy,
         "moments": 2 * copy,
         "ema": copy,
-        "gradients": copy + beside,  # the sum over micro-batches, and those of the one at hand
+        "gradients": 2 * copy,  # the sum over micro-batches, and those of the one at hand
         "activations": activations,
         "batch": 2 * micro_batch * (image + 2 * text_length * settings["text_width"]),  # and the next one, on its way
     }

@@ -90,20 +90,18 @@ def apply_update(optimizer, schedule, maximum_decay, batch_size, state, total):
     gradients = jax.tree.map(lambda leaf: leaf / batch_size, total["gradients"])
     loss, norm = total["loss"] / batch_size, optax.global_norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    changes, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
+    changes, opt_state = optimizer.update(gradients, state["opt_state"], state["params"], moves=finite)
     params = optax.apply_updates(state["params"], changes)
-    updates = state["updates"] + 1
-    moved = {
+    applied = finite.astype(jnp.int32)
+    updates = state["updates"] + applied
+    decay = jnp.where(finite, optim.ema_decay(updates, maximum_decay), 1.0)
+    new = {
         "params": params,
-        "ema": optim.update_ema(state["ema"], params, optim.ema_decay(updates, maximum_decay)),
+        "ema": optim.update_ema(state["ema"], params, decay),
         "opt_state": opt_state,
         "updates": updates,
-    }
-    kept = {name: state[name] for name in moved}
-    voided = (~finite).astype(jnp.int32)
-    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept) | {
-        "voided": state["voided"] + voided,
-        "voided_in_row": (state["voided_in_row"] + 1) * voided,
+        "voided": state["voided"] + 1 - applied,
+        "voided_in_row": (state["voided_in_row"] + 1) * (1 - applied),
     }
     row = {name: new[name] for name in ("updates", "voided", "voided_in_row")} | {
         "loss": loss,
@@ -117,7 +115,7 @@ def apply_update(optimizer, schedule, maximum_decay, batch_size, state, total):
     for name, paths in CONDITIONING.items():
         row[f"grad/{name}"] = norm_of(gradients, paths)
         size = jnp.maximum(norm_of(state["params"], paths), 1e-12)
-        row[f"move/{name}"] = jnp.where(finite, norm_of(changes, paths) / size, 0.0)
+        row[f"move/{name}"] = norm_of(changes, paths) / size
     return new, row
 
 
