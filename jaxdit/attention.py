@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 KEPT = "attention"
-SCORES_AT_ONCE = {"cpu": 2**19, "gpu": 2**24}  # float32: a megabyte is the cache of a core; 64 work for a whole card
+SCORES_AT_ONCE = {"cpu": 2**19, "gpu": 2**24}  # float32: 2 MB are the cache of two cores; 64 work for a whole card
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, implementation: str) -> jax.Array:

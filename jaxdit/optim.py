@@ -52,8 +52,8 @@ def make_optimizer(
     """Clip by the global norm, then AdamW (Loshchilov and Hutter 2019).
 
     `update` takes one argument more, moves: where it is False the changes are zero and the state stays what it was, bit for bit,
-    because moments decay by 1 and take in 0. To choose between old and new moments afterwards would keep both: the update would
-    take half as long again on the CPU, and 1.5 times the parameters in memory (bench/train_step.py).
+    because moments decay by 1 and take in 0. To choose between old and new moments afterwards would keep both: 1.5 times the
+    parameters more in memory (tests/jaxdit/test_estimate.py), and a slower update on the CPU.
     """
 
     def adamw(b1, b2):
