@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -385,8 +386,8 @@ def _leave_out_tracebacks() -> None:
     """What fails is told in a sentence by who asked for it, not by every thread that was at it.
 
     Orbax closes its event loop at the first array that fails. TensorStore, which still has the others in hand, then prints
-    "Event loop is closed" for each of them, asyncio mourns those that failed as well ("was never retrieved"), and Orbax's
-    threads log their traceback, each its own.
+    "Event loop is closed" for each of them, asyncio mourns those that failed as well ("was never retrieved"), Python those
+    that had not begun ("was never awaited"), and Orbax's threads log their traceback, each its own.
     """
     told = sys.unraisablehook
 
@@ -397,3 +398,4 @@ def _leave_out_tracebacks() -> None:
     sys.unraisablehook = hook
     logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
     logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
+    warnings.filterwarnings("ignore", message="coroutine '.*' was never awaited", category=RuntimeWarning)

@@ -132,6 +132,13 @@ try:
 except records.InputError as error:
     print("refused", error)
 saver.close()
+
+
+async def array_not_begun():
+    pass
+
+
+array_not_begun()  # Orbax leaves some like it, not in every run
 """
 
 
