@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 KEPT = "attention"
 SCORES_AT_ONCE = {"cpu": 2**19, "gpu": 2**24}  # float32: 2 MB are the cache of two cores; 64 work for a whole card
+TURNS_AT_ONCE = {"cpu": 2, "gpu": 1}  # products of this size keep one core busy each
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, implementation: str) -> jax.Array:
@@ -143,7 +144,7 @@ def _over_heads(function, results, *arrays):
         parts = several(*jax.tree.map(part, arrays))
         return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_slice(whole, part, start(whole)), found, parts)
 
-    return jax.lax.fori_loop(0, (samples // deep) * (heads // wide), turn, results)
+    return jax.lax.fori_loop(0, (samples // deep) * (heads // wide), turn, results, unroll=TURNS_AT_ONCE[jax.default_backend()])
 
 
 def _heads_axis(x):

@@ -122,7 +122,7 @@ def images_per_second(hardware: float, peak: float, utilisation: float = UTILISA
 # float32: 9 shapes of 2-12 layers, width 64-512, 64-1,024 tokens, micro-batches of 1-8, each with and without remat, all within
 # 10% (tests/jaxdit/test_estimate.py holds two of them). bfloat16 is scaled by its size, as XLA's CPU backend computes in
 # float32 there; and XLA fuses more for a GPU, which should need rather less.
-LAYER_WEIGHTS = 0.5  # of one layer's weights: its gradients before they are stacked
+LAYER_WEIGHTS = 2  # of one layer's weights: those at hand, and their gradients before they are added
 
 
 def memory(
@@ -136,8 +136,8 @@ def memory(
 ) -> dict[str, int]:
     """Bytes on one device when it needs most; the sum of the parts is the whole.
 
-    Two programs alternate: gradients of a micro-batch, and the update, which needs a copy of the parameters for its changes
-    where the first has its own gradients.
+    Two programs alternate: gradients of a micro-batch, which are added to their sum as they come, and the update, which needs
+    a copy of the parameters for its changes where the first has its activations.
 
     Args:
       settings: of the model.
@@ -154,7 +154,7 @@ def memory(
         "parameters": copy,
         "moments": 2 * copy,
         "ema": copy,
-        "gradients": 2 * copy,  # the sum over micro-batches, and those of the one at hand
+        "gradients": copy + max(0, copy - activations),
         "activations": activations,
         "batch": 2 * micro_batch * (image + 2 * text_length * settings["text_width"]),  # and the next one, on its way
     }

@@ -56,6 +56,9 @@ def new_total(shapes):
 def accumulate_gradients(graph, options, seed, params, total, batch, where):
     """Add one micro-batch's sums of losses and gradients to `total`.
 
+    The backward pass adds each layer's gradients where they belong as it goes (jax.vjp's `with_refs`): no copy of the
+    parameters' size lies beside `total`, and none is written, zeroed and added afterwards.
+
     Args:
       graph: definition of the model.
       options: of the flow: mean, std, shift, drop_both, drop_text, drop_vision.
@@ -72,10 +75,12 @@ def accumulate_gradients(graph, options, seed, params, total, batch, where):
         found = flow.losses(nnx.merge(graph, params), batch, keys, **{name: options[name] for name in names})
         return found["loss"].sum(), found
 
-    (_, found), gradients = jax.value_and_grad(summed_loss, has_aux=True)(params)
+    loss, backward, found = jax.vjp(summed_loss, params, has_aux=True)
+    gradients = jax.tree.map(jax.new_ref, total["gradients"])
+    backward.with_refs(gradients)(jnp.ones_like(loss))
     by_t, counts = flow.sum_by_timestep(found["loss"], found["t"])
     return {
-        "gradients": jax.tree.map(jnp.add, total["gradients"], gradients),
+        "gradients": jax.tree.map(jax.ref.freeze, gradients),
         "loss_by_t": total["loss_by_t"] + by_t,
         "count_by_t": total["count_by_t"] + counts,
     } | {name: total[name] + found[name].sum() for name in SUMS}

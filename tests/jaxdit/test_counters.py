@@ -113,7 +113,8 @@ def test_a_batch_that_is_not_placed_is_an_error(tmp_path, monkeypatch):
 
 def test_the_programs_ask_the_host_for_nothing():
     step, shapes = gradients(NANO | {"layers": 2}, 2, (16, 16, 16), 8)
-    assert not jax.make_jaxpr(step)(*shapes).effects
+    names = {type(effect).__name__ for effect in jax.make_jaxpr(step)(*shapes).effects}
+    assert names <= {"InternalMutableArrayEffect"}  # gradients are added in place, within the program
     change, shapes = applied(NANO | {"layers": 2})
     assert not jax.make_jaxpr(change)(*shapes).effects
 
@@ -219,5 +220,4 @@ def test_memory_of_the_compiled_step_is_what_the_plan_says(layers, count, latent
     # Beside it lie moments and average, and the next batch. What is known exactly must not hide a fault in the rest.
     beside = 3 * 4 * parameters + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
     assert sum(plan.values()) == pytest.approx(program + beside, rel=0.15)
-    at_work = plan["gradients"] + plan["activations"] - 4 * parameters  # beside the sum over micro-batches
-    assert at_work == pytest.approx(temporaries, rel=0.15)
+    assert plan["activations"] == pytest.approx(temporaries, rel=0.15)  # no second copy of the gradients

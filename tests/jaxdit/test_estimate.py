@@ -125,8 +125,7 @@ def test_memory_is_near_that_of_the_compiled_program(remat, layers, width, count
     settings = SETTINGS | {"remat": remat, "layers": layers, "width": width}
     step, shapes = arguments(settings, count, latent, text)
     compiled = jax.jit(step, donate_argnums=1).lower(*shapes).compile().memory_analysis()
-    parameters = model.count_parameters(shapes[0])
-    by_hand = estimate.activation_bytes(settings, count, latent, text, remat=remat) + 4 * parameters
+    by_hand = estimate.activation_bytes(settings, count, latent, text, remat=remat)
     assert compiled.temp_size_in_bytes == pytest.approx(by_hand, rel=0.15)
 
 
