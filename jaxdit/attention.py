@@ -144,7 +144,9 @@ def _over_heads(function, results, *arrays):
         parts = several(*jax.tree.map(part, arrays))
         return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_slice(whole, part, start(whole)), found, parts)
 
-    return jax.lax.fori_loop(0, (samples // deep) * (heads // wide), turn, results, unroll=TURNS_AT_ONCE[jax.default_backend()])
+    return jax.lax.fori_loop(
+        0, (samples // deep) * (heads // wide), turn, results, unroll=TURNS_AT_ONCE[jax.default_backend()]
+    )
 
 
 def _heads_axis(x):
