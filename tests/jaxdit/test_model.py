@@ -316,17 +316,17 @@ def test_micro_batches_of_unequal_buckets_give_the_mean_over_all_samples():
 @pytest.mark.parametrize("leading", [(3,), (3, 5)])
 @pytest.mark.parametrize("outputs", [3, 6])  # narrower and wider than the input
 def test_the_product_and_its_gradients_are_those_of_a_plain_one(dtype, leading, outputs):
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, kernel, weights = (
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, kernel, bias, weights = (
         jax.random.normal(key, shape, dtype)
-        for key, shape in zip(keys, [(*leading, 4), (4, outputs), (*leading, outputs)])
+        for key, shape in zip(keys, [(*leading, 4), (4, outputs), (outputs,), (*leading, outputs)])
     )
 
     def results(multiply):
-        back = jax.grad(lambda x, kernel: (multiply(x, kernel) * weights).sum().astype(jnp.float32), (0, 1))
-        return [multiply(x, kernel), *jax.jit(back)(x, kernel)]
+        back = jax.grad(lambda *inputs: (multiply(*inputs) * weights).sum().astype(jnp.float32), (0, 1, 2))
+        return [multiply(x, kernel, bias), *jax.jit(back)(x, kernel, bias)]
 
-    for ours, theirs in zip(results(model.product), results(jnp.matmul), strict=True):
+    for ours, theirs in zip(results(model.product), results(lambda x, kernel, bias: x @ kernel + bias), strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         ours, theirs = (np.asarray(value, np.float32) for value in (ours, theirs))
         np.testing.assert_allclose(
