@@ -176,7 +176,7 @@ else
   part loader 60 $python -m bench.loader --resolutions=256,512,1024 --samples=256 --rounds=1
   step nano 512 16 none torch_dit 80
   step nano 1024 4 none torch_dit 80
-  step full 512 16 block none 50
+  step full 512 8 none none 50
   step full 1024 1 none,block torch_dit 110
   part profile-nano 40 $python -m bench.profile_step --config=nano --resolution=512 --micro_batch=16 --text=128
   if [ -n "$nano" ]; then

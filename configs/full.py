@@ -11,17 +11,17 @@ shows for a card what fits and how long each stage takes.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-# Resolution: (micro-batch, steps, shift of the timesteps, peak learning rate). By estimate a month on a 4090 in all: 115, 20 and
-# 2.6 million samples in 13, 10 and 6 days. Micro-batches are half of the largest that jaxdit.plan estimates for 24 GB.
+# Resolution: (micro-batch, steps, shift of the timesteps, peak learning rate). By estimate three weeks on a 4090 in all: 115, 20
+# and 2.6 million samples in 10, 7 and 5 days. Micro-batches need 18.7 GB of the 21.6 that XLA takes of 24, by jaxdit.plan.
 STAGES = {
     # Most samples are seen where they are cheap: a sample at 1024 costs about twenty times one at 256.
-    "256": (64, 450_000, 1.0, 3e-4),
+    "256": (32, 450_000, 1.0, 3e-4),
     # Four times the pixels need more noise to hide the same composition: shift by sqrt(4) (Esser et al. 2024, sec. 5.3.2).
-    "512": (16, 80_000, 2.0, 1e-4),
+    "512": (8, 80_000, 2.0, 1e-4),
     # 3.0 is what people preferred at 1024 (Esser et al. 2024, fig. 6).
-    "1024": (4, 10_000, 3.0, 1e-4),
+    "1024": (2, 10_000, 3.0, 1e-4),
     # The plan's run.
-    "": (4, 100_000, 1.0, 3e-4),
+    "": (2, 100_000, 1.0, 3e-4),
 }
 
 
@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "heads": 16,  # of 64: cuDNN's fastest head size, and that of DiT and PixArt
                 "patch": 2,  # Peebles and Xie 2023: half the patch, better by far; 1 is out of reach
                 "dtype": "auto",  # bfloat16 on a GPU
-                "remat": "block",  # without it one sample at 1024 fills 24 GB (python -m jaxdit.plan)
+                "remat": "none",  # "block" takes four images where this takes one, and computes a quarter more (jaxdit.plan)
                 "scan_unroll": 1,
             },
             "flow": {

@@ -113,7 +113,7 @@ def test_days_and_energy_follow_from_the_operations():
     seconds = sum(
         bucket.images
         / 100_000
-        * estimate.hardware_flops(settings, bucket.latent, bucket.text, remat="block")
+        * estimate.hardware_flops(settings, bucket.latent, bucket.text, remat=config.model.remat)
         / (165.2e12 * estimate.UTILISATION)
         for bucket in given.buckets
     )
@@ -128,7 +128,11 @@ def test_days_and_energy_follow_from_the_operations():
     assert sum(parts[:-1]) == pytest.approx(parts[-1], abs=0.03)
     count = model.count_parameters(model.abstract(settings)[1])
     assert parts[0] == pytest.approx(4 * count / 1e9, abs=0.01)
-    assert "does not fit" in text.split("none", 2)[2].splitlines()[0]
+    assert " ".join(memory["none"]).endswith("fits, as configured")
+    config.train.micro_batch = 4
+    given = plan.read_stages(config, f"{FULL}:1024", None)[2]
+    memory = rows_of(plan.screen(stages, given, device, 400.0, {}), "Memory")
+    assert " ".join(memory["none"]).endswith("does not fit, as configured")
 
 
 def test_without_a_peak_there_is_memory_but_no_time():

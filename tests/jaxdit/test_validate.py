@@ -26,22 +26,23 @@ def run(*arguments):
     )
 
 
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
+@pytest.fixture(scope="session")
+def photographs(once):
     """24 of the generated photographs, encoded at 64 x 64."""
-    return gate_power.photographs(tmp_path_factory.mktemp("gate"), count=24)
+    folder = once("gate-photographs", lambda folder: gate_power.photographs(folder, count=24))
+    return folder / "encoded" / "64"
 
 
-@pytest.fixture(scope="module")
-def passed(photographs, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("passed") / "run"
-    return workdir, judged(photographs, workdir)
+@pytest.fixture(scope="session")
+def passed(once, photographs):
+    """(workdir, gate.json) of a model that was trained well."""
+    workdir = once("gate-passed", lambda folder: judged(photographs, folder / "run")) / "run"
+    return workdir, json.loads((workdir / "gate" / "gate.json").read_text())
 
 
-def test_a_trained_model_passes_and_the_record_holds_everything(passed, photographs):
-    workdir, result = passed
+def test_a_trained_model_passes_and_the_record_holds_everything(passed):
+    _, result = passed
     assert result["verdict"] == "pass", (result["failed"], result["averaged"])
-    assert result == json.loads((workdir / "gate" / "gate.json").read_text())
     assert result["rule"] == judge.GENERATED and result["thresholds"] == judge.THRESHOLDS | {"smallest_effect": 0.1}
     assert set(result["checks"]) == {*judge.THRESHOLDS, "light_by_vector", "composition_by_caption", "conditioning"}
     assert result["weights"]["averaged"] != result["weights"]["raw"]
@@ -73,6 +74,7 @@ def test_the_same_numbers_come_twice(passed):
 def test_an_untrained_model_fails_and_the_command_says_so(photographs, tmp_path):
     result = judged(photographs, tmp_path / "run", "untrained")
     assert result["verdict"] == "fail" and gate_power.FAULTS["untrained"][2] <= set(result["failed"])
+    assert result == json.loads((tmp_path / "run" / "gate" / "gate.json").read_text())
     done = run(f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 1, done.stderr
     assert "The gate: fail" in done.stdout and "memory_latent: 0." in done.stdout and "next to nothing" in done.stdout
