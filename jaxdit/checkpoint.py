@@ -385,9 +385,8 @@ def _first_line(error: Exception) -> str:
 def _leave_out_tracebacks() -> None:
     """What fails is told in a sentence by who asked for it, not by every thread that was at it.
 
-    Orbax closes its event loop at the first array that fails. TensorStore, which still has the others in hand, then prints
-    "Event loop is closed" for each of them, asyncio mourns those that failed as well ("was never retrieved"), Python those
-    that had not begun ("was never awaited"), and Orbax's threads log their traceback, each its own.
+    Orbax closes its event loop at the first array that fails. Then TensorStore prints "Event loop is closed" for those in hand,
+    asyncio "was never retrieved", Python "was never awaited" for those not begun, and each of Orbax's threads its traceback.
     """
     told = sys.unraisablehook
 
