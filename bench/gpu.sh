@@ -163,7 +163,7 @@ if [ -n "$smallest" ]; then
     part nano 120 bash -c 'nano_run "$@"' - 12 64 "${few[@]}" --config.train.total_steps=10 --config.sample.previews=0
   fi
 else
-  # The most wanted first. Micro-batches are those of configs/, or what PyTorch, which keeps everything, has room for.
+  # The most wanted first. Micro-batches are those of configs/, the target of 8 at 1024, or what PyTorch has room for.
   stepping=(--memory_gb="$memory_gb" --rounds=3 --updates=3 --text=128)
   part attention 60 $python -m bench.attention --tokens=247,256,1024,4096 --seconds=0.3 # 208x304 pixels are 13 x 19 tokens
   [ "$count" -eq 1 ] || part devices 90 bash -c devices
