@@ -85,9 +85,9 @@ def test_one_s_own_is_compared_with_the_nearest_of_another_group():
 @settings(max_examples=20, deadline=None)
 def test_moved_is_the_share_of_the_way(seed, share):
     rng = np.random.default_rng(seed)
-    start, goal, before = rng.normal(size=(3, 8, 5))
-    sideways = rng.normal(size=(8, 5))
-    way = goal - start
+    start, way, before, sideways = rng.normal(size=(4, 8, 5))
+    way *= rng.uniform(1, 2, (8, 1)) / np.sqrt((way**2).sum(1))[:, None]  # far shorter ones count as longer, see below
+    goal = start + way
     sideways -= ((sideways * way).sum(1) / (way**2).sum(1))[:, None] * way
     np.testing.assert_allclose(likeness.moved(before, before + share * way + sideways, start, goal), share, atol=1e-6)
 
