@@ -59,7 +59,8 @@ def check(config: Any, devices: int) -> None:
         ),
         (
             c.train.micro_batch % devices == 0,
-            f"train.micro_batch={c.train.micro_batch} must be divisible by the {devices} devices.",
+            f"train.micro_batch={c.train.micro_batch} must be divisible by the {devices} devices, whose images at a time "
+            f"it counts together; take a multiple of {devices}.",
         ),
         (
             c.model.width % c.model.heads == 0 and (c.model.width // c.model.heads) % 8 == 0,

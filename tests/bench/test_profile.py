@@ -102,9 +102,9 @@ def test_ten_operations_of_a_real_step_are_named_with_their_lines(found):
     assert found["share of the ten"] == pytest.approx(sum(row["share"] for row in rows), abs=0.02)
     for row in rows[: profile_step.MOST]:
         assert row["code"] and row["code"] not in profile_step.WAITING
+        inserted = row["operation"].startswith(("copy", "wrapped_broadcast"))  # by XLA, which has no name for them
         called = f"jit({row['program'].removeprefix('jit_')})"
-        assert row["name"].startswith(called) or not row["name"], row
-    assert sum(not row["name"] for row in rows[: profile_step.MOST]) <= 3  # copies and zeros that XLA puts in
+        assert row["name"].startswith(called) or (inserted and not row["name"]), row
     assert any("Block.__call__" in row["lines"] for row in found["lines"])
     assert {row["program"] for row in rows[: profile_step.MOST]} <= {"jit_accumulate_gradients", "jit_apply_update"}
 
