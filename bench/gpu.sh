@@ -98,9 +98,10 @@ part() { # part NAME SECONDS COMMAND...: runs it where that much time is left, f
   fi
 }
 
-step() { # step CONFIG RESOLUTION MICRO_BATCH REMAT PEERS SECONDS: one case of bench/train_step.py, in a file of its own
-  part "step-$1-$2-$3" "$6" $python -m bench.train_step --config="$1" --resolutions="$2" --micro_batches="$3" --remat="$4" \
-    --peers="$5" --label="$2-$3" "${stepping[@]}"
+step() { # step CONFIG RESOLUTION MICRO_BATCH REMAT PEERS SECONDS [NAME]: one case of bench/train_step.py, in a file of its own
+  local label="$2-$3${7:+-$7}"
+  part "step-$1-$label" "$6" $python -m bench.train_step --config="$1" --resolutions="$2" --micro_batches="$3" --remat="$4" \
+    --peers="$5" --label="$label" "${stepping[@]}"
 }
 
 photographs() { # photographs COUNT SIZE: the generated ones, encoded at that resolution, of one shape
@@ -177,6 +178,8 @@ else
   step nano 512 16 none torch_dit 80
   step nano 1024 4 none torch_dit 80
   step full 512 8 none none 50
+  # What the scan keeps for the backward pass is zeroed before it is filled, unless XLA is told otherwise: 6 GB a micro-batch here.
+  XLA_FLAGS=--xla_gpu_enable_dus_accumulator_zero_init_elimination=true step full 512 8 none none 50 unzeroed
   step full 1024 1 none,block torch_dit 110
   part profile-nano 40 $python -m bench.profile_step --config=nano --resolution=512 --micro_batch=16 --text=128
   if [ -n "$nano" ]; then
