@@ -261,10 +261,7 @@ def environment_of_sides(memory_gb: float | None) -> tuple[dict[str, str], int |
     Raises:
       InputError: --memory_gb without a card.
     """
-    found = {
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-individual_dot",
-    } | dict(os.environ)
+    found = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | dict(os.environ)
     try:
         lines = subprocess.run(
             ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],

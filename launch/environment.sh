@@ -41,7 +41,4 @@ fi
 
 # XLA maps a step's temporaries afresh at every call: with huge pages a step takes a quarter less on the CPU.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
-# Small products, those of attention's heads, run on one core in the library that XLA takes (YNNPACK), on all in Eigen: a step on
-# the CPU takes 5% less. A GPU does not ask.
-export XLA_FLAGS="${XLA_FLAGS:---xla_cpu_experimental_ynn_fusion_type=-individual_dot}"
 python=.venv/bin/python

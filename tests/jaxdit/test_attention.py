@@ -47,6 +47,13 @@ def test_values_and_gradients_are_those_of_plain_attention(monkeypatch, at_once,
             assert error < (1e-12 if dtype == "float64" else 2e-2)
 
 
+def test_xla_leaves_the_products_of_heads_to_all_cores():
+    """Without the flag that jaxdit/__init__.py sets, a library takes them that keeps one core busy."""
+    q, k, _, _ = tokens(256, 256)
+    program = jax.jit(lambda q, k: jnp.einsum("bnhd,bmhd->bhnm", q, k)).lower(q, k).compile().as_text()
+    assert "dot(" in program and "ynn_fusion" not in program
+
+
 def test_large_scores_do_not_overflow():
     q, k, v, gradient = tokens(5, 7)
     for part in both_passes(lambda q, k, v: attention.attend(q, k, v, None, "xla"), 1e3 * q, 1e3 * k, v, gradient):
