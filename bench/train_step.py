@@ -107,6 +107,7 @@ def ours(
         "device": kind if jax.default_backend() != "cpu" else "",
         "products": settings["dtype"],
         "attention": settings["attention"],
+        "XLA flags": os.environ["XLA_FLAGS"],
         "flops an image": estimate.training_flops(settings, batch["latent"].shape[1:], batch["text"].shape[1]),
         "peak flops": estimate.peak_flops(kind, settings["dtype"], jax.device_count())
         or _product_flops(settings["dtype"]),
@@ -305,8 +306,7 @@ def main() -> int:
         "load before (1, 5, 15 minutes)": [round(value, 2) for value in load],
         "load after": [round(value, 2) for value in os.getloadavg()],
         "environment": {
-            name: environment.get(name, "")
-            for name in ("GLIBC_TUNABLES", "XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+            name: environment.get(name, "") for name in ("GLIBC_TUNABLES", "XLA_PYTHON_CLIENT_MEM_FRACTION")
         },
         "versions": {name: version(name) for name in VERSIONS},
         "command": "python -m bench.train_step " + " ".join(sys.argv[1:]),
