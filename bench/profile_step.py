@@ -4,13 +4,15 @@
     .venv/bin/python -m bench.profile_step --config=full --resolution=512 --micro_batch=8          (a GPU)
 
 A few updates of the step that bench/train_step.py races are traced by jax.profiler; the compiled programs' text tells what each
-operation is. A share is that of the time of all operations: on a GPU that of its kernels; on the CPU that of all threads,
-without what an operation waits for others. Writes bench/results/profile-CONFIG-RESOLUTION-DEVICE.json.
+operation is. A share is that of the time of all operations: on a GPU that of its kernels and copies, of which some run beside
+others; on the CPU that of all threads, without what an operation waits for others. On a GPU the kernels are launched one by
+one: those of a CUDA graph, as in training, have no names. Writes bench/results/profile-CONFIG-RESOLUTION-DEVICE.json.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 import tempfile
@@ -67,7 +69,9 @@ def times(profile: ProfileData) -> dict[tuple[str, str], tuple[float, int]]:
     ]
     found: dict[tuple[str, str], tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for line in streams or [line for plane in profile.planes for line in plane.lines]:
-        for event, own in own_times(line.events):
+        # A stream's kernels begin a little before the last one ends; only a thread's events lie within others.
+        timed = ((event, event.duration_ns) for event in line.events) if streams else own_times(line.events)
+        for event, own in timed:
             stats = {name: value for name, value in event.stats if name}
             if streams or "hlo_op" in stats:
                 key = str(stats.get("hlo_module", "")), str(stats.get("hlo_op", event.name))
@@ -77,7 +81,7 @@ def times(profile: ProfileData) -> dict[tuple[str, str], tuple[float, int]]:
 
 
 def own_times(events: Iterable[Any]) -> Iterator[tuple[Any, float]]:
-    """(event, its nanoseconds without those of the events within it) of one thread or stream."""
+    """(event, its nanoseconds without those of the events within it) of one thread."""
     stack: list[list[Any]] = []
     for event in sorted(events, key=lambda event: (event.start_ns, -event.duration_ns)):
         while stack and stack[-1][0].end_ns <= event.start_ns:
@@ -198,6 +202,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 def main() -> int:
     options = flags.FLAGS
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
     config = importlib.import_module(f"configs.{options.config}").get_config()
     config.model.layers = options.layers or config.model.layers
     if options.remat:

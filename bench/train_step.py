@@ -7,7 +7,8 @@ Forward and backward pass, clip, AdamW and the average of the weights, each side
 trainer's own functions, once for each --remat and --scan_unroll; the same architecture in PyTorch (torch_dit with
 scaled_dot_product_attention, fused AdamW), eager and under torch.compile; and diffusers' PixArt of the same depth, width and
 heads. On the CPU all are float32, with huge pages, and take their turn in every round; on a GPU they are
-bfloat16 and come one after the other, each with all of the memory that --memory_gb allows. MFU counts our model's products
+bfloat16, each with the memory that --memory_gb allows, and take turns where the card holds all of them, else come one after
+the other. MFU counts our model's products
 once (jaxdit/estimate.py), against the card's peak, or a CPU's best plain product. Writes
 bench/results/train-step-CONFIG-DEVICE.json.
 """
@@ -178,7 +179,13 @@ class Side:
              f"--accumulation={options.accumulation}", f"--cores={options.cores}", f"--layers={options.layers}"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         )  # fmt: skip
+        self.facts: dict[str, Any] = {}
+
+    def get_ready(self) -> None:
+        """Waits until it is prepared, and lets it touch its memory for the first time."""
         self.facts = self._answer()
+        print(f"{self.name}: {self.problem or self.facts}", flush=True)
+        self.take_turn(1)
 
     def _answer(self) -> dict[str, Any]:
         last = "ended without a word"
@@ -203,18 +210,22 @@ class Side:
 
 def case(names: list[str], resolution: int, micro_batch: int, environment: dict[str, str], rounds: int, updates: int):
     """{side: result} of one resolution and micro-batch."""
-    together = "cpu" in environment["JAX_PLATFORMS"]
+    on_cpu = "cpu" in environment["JAX_PLATFORMS"]
+    together = on_cpu or len(names) * float(environment["XLA_PYTHON_CLIENT_MEM_FRACTION"]) < 0.95
     sides: list[Side] = []
+    print(f"{resolution} x {micro_batch}{', taking turns' if together else ''}", flush=True)
     try:
         for name in names:
-            side = Side(name, resolution, micro_batch, environment)
-            sides.append(side)
-            print(f"{resolution} x {micro_batch}, {name}: {side.problem or side.facts}", flush=True)
-            side.take_turn(1)  # the first two touch memory for the first time
+            sides.append(Side(name, resolution, micro_batch, environment))
+            if on_cpu or not together:  # else all prepare themselves at once: most of that is compiling, on the host
+                sides[-1].get_ready()
             if not together:
                 for _ in range(rounds):
-                    side.take_turn(updates)
-                side.close()
+                    sides[-1].take_turn(updates)
+                sides[-1].close()
+        if together and not on_cpu:
+            for side in sides:
+                side.get_ready()
         for number in range(rounds if together else 0):
             for side in sides[:: -1 if number % 2 else 1]:
                 side.take_turn(updates)
@@ -323,7 +334,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("accumulation", 1, "Micro-batches an update.")
     flags.DEFINE_integer("text", 64, "Tokens that captions are padded to.")
     flags.DEFINE_list("remat", ["none"], "Choices of model.remat.")
-    flags.DEFINE_list("scan_unroll", ["1"], "Choices of model.scan_unroll.")
+    flags.DEFINE_list("scan_unroll", ["0"], "Choices of model.scan_unroll.")
     flags.DEFINE_list("peers", ["torch_dit", "diffusers pixart eager"], "Beginnings of the peers' names.")
     flags.DEFINE_integer("rounds", 5, "Times that each side takes its turn; the median counts.")
     flags.DEFINE_integer("updates", 1, "Updates a turn.")

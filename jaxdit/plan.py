@@ -135,18 +135,14 @@ def _scaled(stage: Stage, config: Any, name: str, resolution: int) -> Stage:
 
 def settings_for(stage: Stage, device: Device) -> dict[str, Any]:
     """What model.DiT takes: on the device at hand what a run would take, elsewhere bfloat16 and cuDNN on any card."""
+    settings = trained.model_settings(stage.config.model, stage.widths)
     if device.at_hand:
-        return trained.model_settings(stage.config.model, stage.widths)
+        return settings
     options, card = stage.config.model, device.kind.lower() != "cpu"
     dtype = options.dtype if options.dtype != "auto" else "bfloat16" if card else "float32"
-    return {
-        **{name: options[name] for name in ("layers", "width", "heads", "patch", "remat", "scan_unroll")},
-        "dtype": dtype,
-        "attention": "cudnn" if card and dtype == "bfloat16" else "xla",
-        "channels": stage.widths["latent"],
-        "text_width": stage.widths["text"],
-        "vision_width": stage.widths["vision"],
-    }
+    attention = "cudnn" if card and dtype == "bfloat16" else "xla"
+    unroll = trained.unrolled(options, on_card=card)
+    return settings | {"dtype": dtype, "attention": attention, "scan_unroll": unroll}
 
 
 def screen(

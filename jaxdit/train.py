@@ -104,6 +104,8 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     # Micro-batches are divided over all devices, the state is cut over those of the axis fsdp.
     everywhere, divided = mesh.replicated(devices), mesh.over_batch(devices)
     settings = trained.model_settings(config.model, dataset.info["widths"])
+    if devices.shape["fsdp"] > 1:
+        settings["scan_unroll"] = 1  # whose turn gathers one layer's parameters, never all
     graph, shapes = model.abstract(settings)
     if processes.first():
         startup.announce(config, dataset, settings, shapes, origin.read(workdir), workdir, devices)
@@ -150,7 +152,8 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     )
     teller = Teller(config, log, clock, rows, saver, sum(map(len, dataset.train.values())))
     drawn = config.sample.previews > 0
-    pictures = previews.Previews(workdir, dataset, config, graph) if drawn and log else None
+    scanned = model.abstract(settings | {"scan_unroll": 1})[0]
+    pictures = previews.Previews(workdir, dataset, config, scanned) if drawn and log else None
     budget, stop, saved_at = Budget(config.train.eval_budget), StopOnSignal(), time.monotonic()
     wishes, stopping = processes.Wishes(divided, everywhere), False
     micro_batches = config.train.batch_size // config.train.micro_batch

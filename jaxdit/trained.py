@@ -68,7 +68,8 @@ def load(workdir: str | Path, *, step: int | None = None, raw: bool = False) -> 
       InputError: not a working folder, nothing saved yet, or no such step.
     """
     config, dataset = describe(workdir)
-    graph, shapes = model.abstract(model_settings(config["model"], dataset["widths"]))
+    settings = model_settings(config["model"], dataset["widths"]) | {"scan_unroll": 1}  # it pays for gradients alone
+    graph, shapes = model.abstract(settings)
     step, params = checkpoint.restore_weights(workdir, shapes, step=step, raw=raw)
     devices = mesh.make_mesh() if jax.device_count() > 1 else None
     if devices is not None:
@@ -197,10 +198,16 @@ def model_settings(options: Any, widths: Mapping[str, int]) -> dict[str, Any]:
     """What model.DiT takes, from a configuration's "model" section and a data set's widths."""
     dtype = mesh.compute_dtype(options["dtype"])
     return {
-        **{name: options[name] for name in ("layers", "width", "heads", "patch", "remat", "scan_unroll")},
+        **{name: options[name] for name in ("layers", "width", "heads", "patch", "remat")},
+        "scan_unroll": unrolled(options, on_card=jax.default_backend() == "gpu"),
         "dtype": dtype,
         "attention": mesh.attention_implementation(options["width"] // options["heads"], dtype),
         "channels": widths["latent"],
         "text_width": widths["text"],
         "vision_width": widths["vision"],
     }
+
+
+def unrolled(options: Any, *, on_card: bool) -> int:
+    """Layers a turn of the scan, from a configuration's "model" section: where scan_unroll is 0 all on a GPU, else one."""
+    return options["scan_unroll"] or (options["layers"] if on_card else 1)

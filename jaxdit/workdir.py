@@ -25,7 +25,7 @@ WRITTEN = ("dataset.json", "origin.json", "config_history.jsonl")
 STATISTICS = ("latent_mean", "latent_std", "latent_count")
 
 POSITIVE = {
-    "model": ("layers", "width", "heads", "patch", "scan_unroll"),
+    "model": ("layers", "width", "heads", "patch"),
     "flow": ("std", "shift"),
     "optim": ("peak_learning_rate", "eps", "clip_norm"),
     "train": ("total_steps", "batch_size", "micro_batch", "log_every"),
@@ -71,8 +71,8 @@ def check(config: Any, devices: int) -> None:
             f"model.width={c.model.width} over model.heads={c.model.heads}: the head size may be at most 128.",
         ),
         (
-            c.model.layers % c.model.scan_unroll == 0,
-            f"model.layers={c.model.layers} must be a multiple of model.scan_unroll={c.model.scan_unroll}.",
+            c.model.scan_unroll == 0 or (c.model.scan_unroll > 0 and c.model.layers % c.model.scan_unroll == 0),
+            f"model.scan_unroll={c.model.scan_unroll} must divide model.layers={c.model.layers}, or be 0 (GPU: all).",
         ),
         (c.model.remat in ("none", "block"), f"model.remat={c.model.remat}: choose none or block."),
         (

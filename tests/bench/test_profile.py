@@ -6,7 +6,8 @@ from jax.profiler import ProfileData
 from bench import profile_step
 from configs import nano
 
-# Two streams of a GPU as its profiler records them (operations named by reference), beside a thread of the host.
+# Two streams of a GPU as its profiler records them (operations named by reference; a kernel begins before the one before it
+# ends), beside a thread of the host.
 CARD = """
 planes {
   name: "/device:GPU:0"
@@ -20,9 +21,9 @@ planes {
     name: "Stream #16(Compute)"
     events { metadata_id: 1 offset_ps: 0 duration_ps: 3000000
              stats { metadata_id: 1 str_value: "gemm.1" } stats { metadata_id: 2 ref_value: 3 } }
-    events { metadata_id: 1 offset_ps: 4000000 duration_ps: 3000000
+    events { metadata_id: 1 offset_ps: 2900000 duration_ps: 3000000
              stats { metadata_id: 1 str_value: "gemm.1" } stats { metadata_id: 2 ref_value: 3 } }
-    events { metadata_id: 2 offset_ps: 8000000 duration_ps: 2000000
+    events { metadata_id: 2 offset_ps: 5800000 duration_ps: 2000000
              stats { metadata_id: 1 str_value: "loop_add_fusion" } stats { metadata_id: 2 ref_value: 3 } }
   }
   lines { name: "Stream #20(MemcpyH2D)" events { metadata_id: 3 offset_ps: 0 duration_ps: 1000000 } }

@@ -183,18 +183,18 @@ def applied(settings):
     ],
 )
 def test_operations_of_the_compiled_step_are_those_that_we_count(monkeypatch, latent, text, remat):
-    """XLA counts the body of a loop once, however often it runs: so no scan over layers, and all heads at once.
+    """XLA counts the body of a loop once, however often it runs: three layers as one, and so all heads at once.
 
-    It counts sums and products of single numbers too (1 to 2% here), and what attention's backward pass and remat compute
+    It counts sums and products of single numbers too (1% here), and what attention's backward pass and remat compute
     again: that is `hardware_flops`. The MFU's count, `training_flops`, is the same without the repetition.
     """
     monkeypatch.setitem(attention.SCORES_AT_ONCE, "cpu", 2**40)
-    settings = NANO | {"layers": 2, "scan_unroll": 2, "remat": remat}
-    step, shapes = gradients(settings, 2, latent, text)
+    one = NANO | {"layers": 1, "remat": remat}
+    step, shapes = gradients(one | {"layers": 3}, 2, latent, text)
     counted = jax.jit(step, donate_argnums=1).lower(*shapes).compile().cost_analysis()["flops"]
-    assert counted == pytest.approx(2 * estimate.hardware_flops(settings, latent, text, remat=remat), rel=0.05)
+    assert counted == pytest.approx(2 * estimate.hardware_flops(one, latent, text, remat=remat), rel=0.03)
     if remat == "none":
-        assert counted == pytest.approx(2 * estimate.training_flops(settings, latent, text), rel=0.05)
+        assert counted == pytest.approx(2 * estimate.training_flops(one, latent, text), rel=0.05)
 
 
 # Of small pictures the update needs more than the gradients; test_estimate.py holds that program.

@@ -149,6 +149,39 @@ def test_the_model_agrees_with_numpy():
     np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max())
 
 
+def _plain_gelu(x):
+    return 0.5 * x * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def _plain_modulate(x, shift, scale):
+    x = x - x.mean(-1, keepdims=True)
+    return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+def _plain_rms_norm(x, scale):
+    return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "shapes"),
+    [
+        (model.gelu, _plain_gelu, [(2, 5, 8)]),
+        (partial(model.modulate, dtype=jnp.float64), _plain_modulate, [(2, 5, 8), (2, 8), (2, 8)]),
+        (model.rms_norm, _plain_rms_norm, [(2, 5, 3, 8), (8,)]),
+    ],
+)
+def test_gradients_that_are_written_out_are_those_of_the_formula(ours, plain, shapes):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        arguments = [jnp.asarray(2 * rng.standard_normal(shape)) for shape in shapes]
+        wanted, pull_wanted = jax.vjp(plain, *arguments)
+        found, pull_found = jax.vjp(lambda *given: ours(*given), *arguments)
+        np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-13)
+        direction = jnp.asarray(rng.standard_normal(wanted.shape))
+        for one, other in zip(pull_found(direction), pull_wanted(direction), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("changes", [{"remat": "block"}, {"scan_unroll": 2}])
 def test_remat_and_unroll_change_nothing(changes):
     graph, params = trained_like()
