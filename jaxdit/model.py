@@ -83,7 +83,8 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, dtype) -> jax.Arr
 
     Its gradients, and those of `gelu` and `rms_norm`, are written out for a GPU, which waits for memory there: barriers behind
     what is one number a row, and what is one number a channel in sums that XLA does not take apart, keep it from writing whole
-    arrays in between. With all three a step of the full model at 512 takes an eighth less time (H100).
+    arrays in between. With one product for q, k and v they take 8% off the full model's step at 512 on an H100
+    (bench/results/profile-full-512-nvidia-h100-80gb-hbm3.json).
     """
     return (layer_norm(x) * (1 + widen(scale[:, None])) + widen(shift[:, None])).astype(dtype)
 
@@ -223,14 +224,24 @@ class Attention(nnx.Module):
 
     def __call__(self, x, context, *, angles=None, lengths=None):
         """x [b, n, d], context [b, m, d], angles for rotary positions, lengths [b] of the valid context -> [b, n, d]."""
-        split = (self.heads, x.shape[-1] // self.heads)
-        q = rms_norm(self.query(x).reshape(*x.shape[:2], *split), self.query_norm.scale[...])
-        k, v = jnp.split(self.key_value(context).reshape(*context.shape[:2], 2 * self.heads, split[1]), 2, 2)
-        k = rms_norm(k, self.key_norm.scale[...])
+        q, k, v = self._projected(x, context)
+        q, k = rms_norm(q, self.query_norm.scale[...]), rms_norm(k, self.key_norm.scale[...])
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = (part.astype(self.dtype) for part in (q, k, v))  # cuDNN wants one dtype; softmax is float32 within
         return self.out(attention.attend(q, k, v, lengths, self.implementation).reshape(x.shape))
+
+    def _projected(self, x, context):
+        """Queries [b, n, heads, head_size], keys and values [b, m, heads, head_size]."""
+        size = x.shape[-1] // self.heads
+        if context is x and jax.default_backend() != "cpu":
+            # XLA makes this one product on a GPU anyway, but then copies the three gradients together; on the CPU two are faster.
+            parts = self.query, self.key_value
+            kernel = jnp.concatenate([part.kernel[...].astype(self.dtype) for part in parts], -1)
+            bias = jnp.concatenate([part.bias[...].astype(self.dtype) for part in parts], -1)
+            return jnp.split((x @ kernel + bias).reshape(*x.shape[:2], 3 * self.heads, size), 3, 2)
+        k, v = jnp.split(self.key_value(context).reshape(*context.shape[:2], 2 * self.heads, size), 2, 2)
+        return self.query(x).reshape(*x.shape[:2], self.heads, size), k, v
 
 
 class Block(nnx.Module):
