@@ -1,6 +1,6 @@
 """Learning per hour, which is what a person pays for: when each check of the gate first passes, setting by setting.
 
-.venv/bin/python -m bench.listen [--settings=shift] [--seeds=3] [--steps=2400]
+.venv/bin/python -m bench.listen [--settings=shift] [--seeds=3] [--steps=2400] [--label=512]
 
 Trains the small model of bench.gate_power on generated photographs with each setting and seed, and puts the averaged, the raw
 and the guided averaged weights of every checkpoint through the gate's measures. Goes on where it stopped: a row of the
@@ -28,7 +28,8 @@ from jaxdit import charts, checkpoint, data, judge, metrics, page, train, traine
 
 SHARES = ("drop_both", "drop_text", "drop_vision")
 SETTINGS: dict[str, dict[str, float]] = {
-    **{f"shift {shift}": {"shift": float(shift)} for shift in (1, 2, 3, 5)},
+    # The last two are shifts 1 and 4 of pictures eight times as large (512), whose composition shows through as much more noise.
+    **{f"shift {shift}": {"shift": float(shift)} for shift in (1, 2, 3, 5, 0.125, 0.5)},
     "drop 5%": dict.fromkeys(SHARES, 0.05),
     "drop 20%": dict.fromkeys(SHARES, 0.2),
     "drop vision 25%": {"drop_both": 0.1, "drop_text": 0.1, "drop_vision": 0.25},
@@ -112,13 +113,14 @@ def define_flags() -> None:
     flags.DEFINE_integer("seeds", 3, "Trainings of each setting.")
     flags.DEFINE_integer("steps", 2400, "Steps of each training.")
     flags.DEFINE_integer("every", 400, "Steps between two looks.")
+    flags.DEFINE_string("label", "", "In the result's name, to keep it beside others.")
 
 
 def main() -> int:
     options = flags.FLAGS
     logging.getLogger().setLevel(logging.WARNING)
     name = device.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
-    path = device.path("listen", name)
+    path = device.path("-".join(filter(None, ["listen", options.label])), name)
     known = {
         "device": name,
         "steps": options.steps,

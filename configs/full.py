@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 # Resolution: (micro-batch, steps, shift of the timesteps, peak learning rate). By estimate three weeks on a 4090 in all: 115, 20
-# and 2.6 million samples in 10, 7 and 5 days. Micro-batches need 18.7 GB of the 21.6 that XLA takes of 24, by jaxdit.plan.
+# and 2.6 million samples in 10, 7 and 5 days. Micro-batches need 21.0 GB of the 21.6 that XLA takes of 24, by jaxdit.plan.
 STAGES = {
     # Most samples are seen where they are cheap: a sample at 1024 costs about twenty times one at 256.
     "256": (32, 450_000, 1.0, 3e-4),
@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "heads": 16,  # of 64: cuDNN's fastest head size, and that of DiT and PixArt
                 "patch": 2,  # Peebles and Xie 2023: half the patch, better by far; 1 is out of reach
                 "dtype": "auto",  # bfloat16 on a GPU
-                "remat": "none",  # "block" takes four images where this takes one, and computes a quarter more (jaxdit.plan)
+                "remat": "none",  # "block" takes three images where this takes one, and computes a quarter more (jaxdit.plan)
                 "scan_unroll": 0,  # all layers at once on a GPU: a tenth faster, 2 GB more, a minute to compile (H100)
             },
             "flow": {

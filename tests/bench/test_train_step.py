@@ -54,3 +54,41 @@ def test_a_side_that_cannot_run_says_why(monkeypatch):
     side.problem = ""
     side.process = type("Process", (), {"stdout": ["warning\n", "MemoryError: no memory\n", "\n"]})
     assert side._answer() == {} and side.problem == "MemoryError: no memory"
+
+
+@pytest.mark.parametrize(
+    ("platform", "share", "expected"),
+    [
+        (
+            "cpu",
+            "",
+            "begin A, ready A, begin B, ready B, A, B, B, A, close A, close B",
+        ),  # one after the other, then turns
+        ("cuda", "0.28", "begin A, begin B, ready A, ready B, A, B, B, A, close A, close B"),  # the card holds both
+        ("cuda", "0.9", "begin A, ready A, A, A, close A, begin B, ready B, B, B, close B, close A, close B"),
+    ],
+)
+def test_sides_take_turns_where_the_memory_holds_all(monkeypatch, platform, share, expected):
+    done = []
+
+    class Side:
+        facts, problem, rounds = {}, "none ran", []
+
+        def __init__(self, name, *_):
+            self.name = name
+            done.append(f"begin {name}")
+
+        def get_ready(self):
+            done.append(f"ready {self.name}")
+
+        def take_turn(self, _):
+            done.append(self.name)
+
+        def close(self):
+            done.append(f"close {self.name}")
+
+    monkeypatch.setattr(train_step, "Side", Side)
+    monkeypatch.setattr(train_step.flags, "FLAGS", type("Flags", (), {"accumulation": 1}))
+    environment = {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_MEM_FRACTION": share}
+    train_step.case(["A", "B"], 256, 8, environment, rounds=2, updates=1)
+    assert ", ".join(done) == expected
