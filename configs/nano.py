@@ -30,8 +30,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "flow": {
                 "mean": 0.0,
                 "std": 1.0,
-                # At 512 the plan's 1 fails the gate on the generated photographs: a composition shows through noise up to
-                # t = 0.97, and one sample in 4,000 has more (README, "The gate"). With 4 one in 55 has.
+                # At 512 the plan's 1 fails the gate on the generated photographs: a caption is needed only where t > 0.98,
+                # and one sample in 20,000 lies there (README, "The gate"). With 4 one in 160 does.
                 "shift": 4.0,
                 "drop_both": 0.1,  # as in the big run: the gate asks for each condition alone
                 "drop_text": 0.1,

@@ -75,8 +75,8 @@ TEXT_UNHEARD = (
     "From its caption alone an image's composition does not come: the text is not heard well enough. Look at "
     "cross_attention, whose output begins at zero and must grow; at text_in and text_norm; at text_length, which masks the "
     "keys; whether captions lie beside their own images. flow.drop_text={drop_text:g} is how often the text is hidden, "
-    "flow.drop_vision={drop_vision:g} how often it must do without the vector. A larger flow.shift helps: composition is "
-    "settled near t = 1."
+    "flow.drop_vision={drop_vision:g} how often it must do without the vector. A larger flow.shift (now {shift:g}) helps, "
+    "the more the higher the resolution: composition is settled near t = 1."
 )
 SIDES = (
     "Captions are remembered, but an exchanged one does not move the composition: left and right are not bound to the "
