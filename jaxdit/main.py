@@ -72,8 +72,9 @@ def train(config) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return commandline.fail(
-            f"the device's memory does not hold this: take --config.model.remat=block, or a new --workdir with a smaller "
-            f"train.micro_batch than {config.train.micro_batch}."
+            f"the device's memory does not hold this: take --config.model.scan_unroll=1 (a tenth slower), "
+            f"--config.model.remat=block (a quarter), or a new --workdir with a smaller train.micro_batch than "
+            f"{config.train.micro_batch}."
         )
     if processes.first():
         print(f"The run's page: {commandline.path_of(WORKDIR.value) / 'report.html'}")

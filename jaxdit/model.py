@@ -73,8 +73,14 @@ def widen(x: jax.Array) -> jax.Array:
 def layer_norm(x: jax.Array) -> jax.Array:
     """Layer norm over the last axis without parameters, in float32: bfloat16 variances lose the small channels."""
     x = widen(x)
-    x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+    mean, factor = _row_statistics(x)
+    return (x - mean) * factor
+
+
+def _row_statistics(x):
+    """Mean and one over the standard deviation along the last axis, which stays with size 1."""
+    mean = x.mean(-1, keepdims=True)
+    return mean, jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + 1e-6)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -89,16 +95,10 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, dtype) -> jax.Arr
     return (layer_norm(x) * (1 + widen(scale[:, None])) + widen(shift[:, None])).astype(dtype)
 
 
-def _modulate_forward(x, shift, scale, dtype):
-    return modulate(x, shift, scale, dtype), (x, scale)
-
-
 def _modulate_backward(_, kept, gradient):
     x, scale = kept
     wide, gradient = widen(x), widen(gradient)
-    mean = wide.mean(-1, keepdims=True)
-    factor = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + 1e-6)
-    mean, factor = jax.lax.optimization_barrier((mean, factor))
+    mean, factor = jax.lax.optimization_barrier(_row_statistics(wide))
     normed, scaled = (wide - mean) * factor, gradient * (1 + widen(scale[:, None]))
     along = scaled.mean(-1, keepdims=True), (scaled * normed).mean(-1, keepdims=True)
     level, slope = jax.lax.optimization_barrier(along)
@@ -106,7 +106,7 @@ def _modulate_backward(_, kept, gradient):
     return to_x.astype(x.dtype), gradient.sum(1).astype(scale.dtype), (gradient * normed).sum(1).astype(scale.dtype)
 
 
-modulate.defvjp(_modulate_forward, _modulate_backward)
+modulate.defvjp(lambda x, shift, scale, dtype: (modulate(x, shift, scale, dtype), (x, scale)), _modulate_backward)
 
 
 @jax.custom_vjp
@@ -114,10 +114,6 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     """x [b, n, heads, head_size] over its root mean square along the last axis, times scale [head_size]; float32 (`widen`)."""
     x = widen(x)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale
-
-
-def _rms_norm_forward(x, scale):
-    return rms_norm(x, scale), (x, scale)
 
 
 def _rms_norm_backward(kept, gradient):
@@ -131,7 +127,7 @@ def _rms_norm_backward(kept, gradient):
     return (factor * (scaled - normed * slope)).astype(x.dtype), to_scale.sum(0)
 
 
-rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+rms_norm.defvjp(lambda x, scale: (rms_norm(x, scale), (x, scale)), _rms_norm_backward)
 
 
 @jax.custom_vjp

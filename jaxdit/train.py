@@ -207,6 +207,10 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
                     where = processes.place(
                         np.array([step, micro_batch * config.train.micro_batch], np.int32), everywhere
                     )
+                    if log and (bucket, tokens) not in compiled:
+                        logging.info(
+                            "Compiling the step for %s, captions of %d tokens: up to two minutes, once.", bucket, tokens
+                        )
                     total = accumulate(state["params"], total, processes.place(batch, divided), where)
                     if (bucket, tokens) not in compiled:  # the first call of each shape compiles: not a rate to report
                         jax.block_until_ready(total)

@@ -130,6 +130,8 @@ def test_a_slow_run_speaks_between_its_logged_steps(path, tmp_path, caplog, monk
     with caplog.at_level("INFO"):
         train.train(tiny(path, **{"train.log_every": 10}), tmp_path / "run")
     assert sum(line.startswith("step ") for line in caplog.messages) == 20
+    said = [line for line in caplog.messages if line.startswith("Compiling the step for ")]
+    assert len(said) == len(set(said)) == 2  # once a bucket
     assert [row["step"] for row in metrics.read(tmp_path / "run")] == [1, 10, 20]
 
 
