@@ -116,7 +116,7 @@ def compiled(devices: int, fsdp: int, stage: str, micro_batch: int) -> dict[str,
     zeros, accumulate, change, _ = mesh.compiled(
         grid,
         state,
-        new_total=partial(update.new_total, shapes),
+        new_total=update.new_total,
         accumulate=partial(update.accumulate_gradients, graph, dict(config.flow), 0),
         change=partial(update.apply_update, optimizer, schedule, config.optim.ema_decay, 256),
         judge=partial(heldout.losses, graph, dict(config.flow)),

@@ -70,20 +70,23 @@ def ours(
     devices, size = mesh.make_mesh(), accumulation * len(batch["latent"])
     everywhere = mesh.replicated(devices)
     state = jax.jit(partial(update.new_state, settings, optimizer, 0), out_shardings=everywhere)()
-    zeros = jax.jit(partial(update.new_total, shapes), out_shardings=everywhere)
+    zeros = jax.jit(
+        partial(update.new_total, separate=trained.separate(settings), dtype=settings["dtype"]),
+        out_shardings=everywhere,
+    )
     placed = jax.device_put(batch, mesh.over_batch(devices))
     where = jax.device_put(np.zeros(2, np.int32), everywhere)
     accumulate = jax.jit(partial(update.accumulate_gradients, graph, dict(config.flow), 0), donate_argnums=1)
     change = jax.jit(partial(update.apply_update, optimizer, schedule, config.optim.ema_decay, size), donate_argnums=0)
     began = time.perf_counter()
-    accumulate = accumulate.lower(state["params"], zeros(), placed, where).compile()
-    change = change.lower(state, zeros()).compile()
+    accumulate = accumulate.lower(state["params"], zeros(state["params"]), placed, where).compile()
+    change = change.lower(state, zeros(state["params"])).compile()
     compiled = time.perf_counter() - began
 
     def run(updates: int) -> None:
         nonlocal state
         for _ in range(updates):
-            total = zeros()
+            total = zeros(state["params"])
             for _ in range(accumulation):
                 total = accumulate(state["params"], total, placed, where)
             state, row = change(state, total)

@@ -151,9 +151,7 @@ def memory(
     copy = FLOAT32 * parameters
     activations = activation_bytes(settings, micro_batch, latent_shape, text_length, remat=remat)
     if settings["scan_unroll"] == settings["layers"] > 1:
-        activations += (
-            copy  # weights and their gradients in bfloat16: 0.9 of it by XLA's programs for an H100 at all resolutions
-        )
+        activations += copy if settings["dtype"] == "float32" else copy // 2  # kernels as they are multiplied
     image = FLOAT32 * math.prod(latent_shape) + FLOAT32 * settings["vision_width"] + FLOAT32
     return {
         "parameters": copy,
@@ -208,7 +206,8 @@ def kept_in_layer(
 ) -> int:
     """Bytes that one layer keeps for the backward pass, exactly as JAX differentiates `model.Block`.
 
-    The layer's input and both attentions' outputs with the logarithms of their sums; without remat the dense layers' results.
+    The layer's input and both attentions' outputs with the logarithms of their sums; without remat the dense layers' results
+    and what cuDNN's self-attention is given.
     """
     b, n, l = micro_batch, tokens(settings, latent_shape), text_length
     d, k = settings["width"], settings["heads"]
@@ -216,6 +215,8 @@ def kept_in_layer(
     dense = (
         0 if remat == "block" else 11 * n * d + 2 * l * d + 6 * d
     )  # 4 of self, 2 of cross, 5 of the MLP; text; modulation
+    if remat == "none" and settings["attention"] == "cudnn":
+        dense += 3 * n * d
     return b * (item * (3 * n * d + dense) + 2 * FLOAT32 * n * k)
 
 

@@ -50,7 +50,7 @@ def measure(config: Any, buckets: Sequence[Bucket], widths: Mapping[str, int]) -
     devices = mesh.make_mesh()
     everywhere, divided = mesh.replicated(devices), mesh.over_batch(devices)
     settings = trained.model_settings(config.model, widths)
-    graph, shapes = model.abstract(settings)
+    graph, _ = model.abstract(settings)
     schedule = optim.learning_rate(
         peak=config.optim.peak_learning_rate, end=config.optim.end_learning_rate, warmup=1, total=UPDATES
     )
@@ -61,7 +61,10 @@ def measure(config: Any, buckets: Sequence[Bucket], widths: Mapping[str, int]) -
     # The functions of the training loop, jitted as there.
     functions = (
         jax.jit(partial(update.new_state, settings, optimizer, seed), out_shardings=everywhere),
-        jax.jit(partial(update.new_total, shapes), out_shardings=everywhere),
+        jax.jit(
+            partial(update.new_total, separate=trained.separate(settings), dtype=settings["dtype"]),
+            out_shardings=everywhere,
+        ),
         jax.jit(partial(update.accumulate_gradients, graph, dict(config.flow), seed), donate_argnums=1),
         jax.jit(partial(update.apply_update, optimizer, schedule, decay, batch_size), donate_argnums=0),
     )
@@ -80,7 +83,8 @@ def measure(config: Any, buckets: Sequence[Bucket], widths: Mapping[str, int]) -
 
 def _measure(functions, batch, where, train) -> Measured:
     initial, zeros, accumulate, change = functions
-    state, total = initial(), zeros()
+    state = initial()
+    total = zeros(state["params"])
     accumulate = accumulate.lower(state["params"], total, batch, where).compile()
     change = change.lower(state, total).compile()
     updates, began, before = 0, 0.0, None
@@ -88,7 +92,7 @@ def _measure(functions, batch, where, train) -> Measured:
         for _ in range(train.batch_size // train.micro_batch):
             total = accumulate(state["params"], total, batch, where)
         state, row = change(state, total)
-        total, updates = zeros(), updates + 1
+        total, updates = zeros(state["params"]), updates + 1
         if updates == 1:  # not counted: it touches all memory for the first time
             jax.block_until_ready(state)
             began = time.monotonic()

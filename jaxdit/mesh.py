@@ -160,7 +160,7 @@ def compiled(
     Args:
       mesh: of `make_mesh`.
       state: shapes of the training state, `update.new_state`.
-      new_total: () -> sums, all zero, as `update.new_total`.
+      new_total: (params) -> sums, all zero, as `update.new_total`.
       accumulate: (params, total, batch, where) -> total, as `update.accumulate_gradients`, with a graph of `gathering`.
       change: (state, total) -> (state, row), as `update.apply_update`.
       judge: (params, batch, numbers, drops) -> arrays [batch], as `heldout.losses`, with a graph of `gathering`.
@@ -173,7 +173,8 @@ def compiled(
             jax.jit(change, donate_argnums=0),
             jax.jit(judge),
         )
-    params, total = _specs(mesh, state["params"]), jax.eval_shape(new_total)
+    params, total = _specs(mesh, state["params"]), jax.eval_shape(new_total, state["params"])
+    total.pop("kernels", None)  # no sums; each micro-batch casts its own here
     rows, everywhere = PartitionSpec(AXES), PartitionSpec()
     # Sums for an array that is cut are complete over fsdp and partial over data; for a whole one they are partial over both.
     parts = jax.tree.map(
@@ -181,7 +182,7 @@ def compiled(
     )
     leading = jax.tree.map(lambda spec: mesh.shape["data"] if spec[0] == "data" else mesh.size, parts, is_leaf=_is_spec)
 
-    def zeros():
+    def zeros(_):
         return jax.tree.map(lambda leaf, count: jnp.zeros((count, *leaf.shape), leaf.dtype), total, leading)
 
     def own_sums(params, total, batch, where):

@@ -2,16 +2,16 @@
 
 Peebles and Xie 2023 ("DiT": adaLN-Zero, patches), Chen et al. 2023 ("PixArt-alpha": cross-attention to T5), Esser et al.
 2024 (q/k RMSNorm), Su et al. 2021 and Heo et al. 2024 (axial rotary positions). Blocks are stacked and scanned, so that
-24 layers compile as fast as one. Rotary positions alone tell a token where the others stand but not where itself stands, and
-a query to the text not at all; fixed absolute ones at the input bring the demo data from 16.7 to 26.7 dB after 900 steps
-(bench/positions.py).
+24 layers compile as fast as one; training on a GPU takes them apart, which is faster there (`separated`). Rotary positions
+alone tell a token where the others stand but not where itself stands, and a query to the text not at all; fixed absolute
+ones at the input bring the demo data from 16.7 to 26.7 dB after 900 steps (bench/positions.py).
 Parameters are float32; products run in `dtype`, norms and softmax in float32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,138 +20,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxdit import attention
+from jaxdit.layers import Dense, gelu, modulate, rms_norm, widen
 
 TIME_FREQUENCIES = 256
 POSITION_RANGE = 64.0  # a square picture spans this many units of position at every resolution
 POSITION_THETA = 100.0  # the slowest frequency is 1 / 100
-
-
-@jax.custom_vjp
-def product(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """x [..., d] times kernel [d, e] plus bias [e] -> [..., e], for the CPU: the gradients to both as plain 2-D products.
-
-    XLA's own contracts [b, n, d] with [b, n, e] over both leading axes, which its fast matrix product does not take: 110
-    against 195 GFLOP/s on two cores; and sums for the bias on one of them. Barriers keep transposes, those of the narrower
-    side, from being folded in again.
-    """
-    return x @ kernel + bias
-
-
-def _product_forward(x, kernel, bias):
-    return x @ kernel + bias, (x, kernel)
-
-
-def _product_backward(kept, gradient):
-    x, kernel = kept
-    apart = jax.lax.optimization_barrier
-    rows, flat = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    narrow = rows.shape[1] <= flat.shape[1]
-    to_kernel = apart(rows.T) @ flat if narrow else apart(apart(flat.T) @ rows).T
-    return gradient @ kernel.T, to_kernel, (jnp.ones((1, len(flat)), flat.dtype) @ flat)[0]
-
-
-product.defvjp(_product_forward, _product_backward)
-
-
-class Dense(nnx.Linear):
-    """x [..., d] -> x kernel + bias [..., e] in `dtype`; Xavier-uniform or zero kernel, zero bias."""
-
-    def __init__(self, inputs: int, outputs: int, dtype, rngs: nnx.Rngs, *, zero: bool = False):
-        kernel = nnx.initializers.zeros if zero else nnx.initializers.xavier_uniform()
-        super().__init__(inputs, outputs, dtype=dtype, kernel_init=kernel, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x, kernel, bias = (part.astype(self.dtype) for part in (x, self.kernel[...], self.bias[...]))
-        return product(x, kernel, bias) if jax.default_backend() == "cpu" else x @ kernel + bias
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """x in float32, or in float64 where it is that: the tests compare in float64, where rounding hides no mistake."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def layer_norm(x: jax.Array) -> jax.Array:
-    """Layer norm over the last axis without parameters, in float32: bfloat16 variances lose the small channels."""
-    x = widen(x)
-    mean, factor = _row_statistics(x)
-    return (x - mean) * factor
-
-
-def _row_statistics(x):
-    """Mean and one over the standard deviation along the last axis, which stays with size 1."""
-    mean = x.mean(-1, keepdims=True)
-    return mean, jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + 1e-6)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, dtype) -> jax.Array:
-    """layer_norm(x) (1 + scale) + shift; x is [b, n, d], shift and scale [b, d].
-
-    Its gradients, and those of `gelu` and `rms_norm`, are written out for a GPU, which waits for memory there: barriers behind
-    what is one number a row, and what is one number a channel in sums that XLA does not take apart, keep it from writing whole
-    arrays in between. With one product for q, k and v they take 8% off the full model's step at 512 on an H100
-    (bench/results/profile-full-512-nvidia-h100-80gb-hbm3.json).
-    """
-    return (layer_norm(x) * (1 + widen(scale[:, None])) + widen(shift[:, None])).astype(dtype)
-
-
-def _modulate_backward(_, kept, gradient):
-    x, scale = kept
-    wide, gradient = widen(x), widen(gradient)
-    mean, factor = jax.lax.optimization_barrier(_row_statistics(wide))
-    normed, scaled = (wide - mean) * factor, gradient * (1 + widen(scale[:, None]))
-    along = scaled.mean(-1, keepdims=True), (scaled * normed).mean(-1, keepdims=True)
-    level, slope = jax.lax.optimization_barrier(along)
-    to_x = factor * (scaled - level - normed * slope)
-    return to_x.astype(x.dtype), gradient.sum(1).astype(scale.dtype), (gradient * normed).sum(1).astype(scale.dtype)
-
-
-modulate.defvjp(lambda x, shift, scale, dtype: (modulate(x, shift, scale, dtype), (x, scale)), _modulate_backward)
-
-
-@jax.custom_vjp
-def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x [b, n, heads, head_size] over its root mean square along the last axis, times scale [head_size]; float32 (`widen`)."""
-    x = widen(x)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale
-
-
-def _rms_norm_backward(kept, gradient):
-    x, scale = kept
-    wide = widen(x)
-    factor = jax.lax.optimization_barrier(jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6))
-    normed, scaled = wide * factor, gradient * scale
-    slope = jax.lax.optimization_barrier((scaled * normed).mean(-1, keepdims=True))
-    # Over the tokens first: rows of heads * head_size are summed at the memory's speed, rows of head_size are not.
-    to_scale = jax.lax.optimization_barrier((gradient * normed).sum((0, 1)))
-    return (factor * (scaled - normed * slope)).astype(x.dtype), to_scale.sum(0)
-
-
-rms_norm.defvjp(lambda x, scale: (rms_norm(x, scale), (x, scale)), _rms_norm_backward)
-
-
-@jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU by its tanh approximation (Hendrycks and Gimpel 2016), of any shape; keeps x's dtype.
-
-    By sigmoid here and by tanh in the gradient, which are the same: XLA would write one that both share, and read it twice.
-    """
-    wide = widen(x)
-    return (wide * jax.nn.sigmoid(2 * _gelu_inner(wide))).astype(x.dtype)
-
-
-def _gelu_inner(x):
-    return math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-
-
-def _gelu_backward(x, gradient):
-    wide = widen(x)
-    tanh = jnp.tanh(_gelu_inner(wide))
-    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * wide**2)
-    return ((widen(gradient) * (0.5 * (1 + tanh) + 0.5 * wide * (1 - tanh**2) * slope)).astype(x.dtype),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def time_embedding(t: jax.Array) -> jax.Array:
@@ -272,8 +145,8 @@ class DiT(nnx.Module):
       dtype: of the products, "bfloat16" or "float32".
       remat: "none" keeps the results of dense layers and of attention for the backward pass and computes norms, rotations
         and activations again; "block" keeps the block's input and attention's results.
-      scan_unroll: layers a turn of the scan. What a turn keeps for the backward pass is copied into arrays of all layers, which
-        are zeroed before: as many as there are layers leave that out.
+      scan_unroll: layers a turn of the scan. All of them is for training, which takes them apart (`separated`); whoever does
+        not has one a turn then.
       attention: "cudnn" or "xla", see `mesh.attention_implementation`.
       rngs: for the initial parameters; none is kept.
     """
@@ -340,17 +213,22 @@ class DiT(nnx.Module):
         text, lengths = self._text(conditions["text"], conditions["text_length"], drop_text)
         grid = height // self.patch, width // self.patch
         angles = rotary_angles(*grid, self.head_size)
-        graph, stacked = nnx.split(self.blocks)
+        graph, params = nnx.split(self.blocks)
 
         def layer(h, params):
-            return nnx.merge(graph, params)(h, condition, text, lengths, angles), None
+            return nnx.merge(graph, params)(h, condition, text, lengths, angles)
 
-        # Where no loop parts the passes, XLA would find what is computed again and keep it instead.
-        apart = self.scan_unroll == len(jax.tree.leaves(stacked)[0])
-        layer = jax.checkpoint(layer, prevent_cse=apart, policy=partial(_kept, self.remat))
         h = self.patch_in(patchify(x, self.patch).astype(self.dtype))
         h = h + position_embedding(*grid, h.shape[-1]).astype(self.dtype)
-        h, _ = jax.lax.scan(layer, h, stacked, unroll=self.scan_unroll)
+        first = jax.tree.leaves(params, is_leaf=_is_tuple)[0]
+        # Where no loop parts the passes, XLA would find what is computed again and keep it instead.
+        layer = jax.checkpoint(layer, prevent_cse=_is_tuple(first), policy=partial(_kept, self.remat))
+        if _is_tuple(first):
+            for number in range(len(first)):
+                h = layer(h, _of_layer(params, number, self.dtype))
+        else:
+            unroll = self.scan_unroll if self.scan_unroll < len(first) else 1
+            h, _ = jax.lax.scan(lambda h, params: (layer(h, params), None), h, params, unroll=unroll)
         shift, scale = jnp.split(self.final_modulation(condition), 2, -1)
         h = self.patch_out(modulate(h, shift, scale, self.dtype))
         return widen(unpatchify(h, height, width, self.patch))
@@ -368,6 +246,58 @@ class DiT(nnx.Module):
         return text, jnp.where(drop_text, 1, lengths)
 
 
+def separated(params: Any) -> Any:
+    """Parameters whose blocks' arrays are tuples, a layer's own in each place: the model runs them one by one, without a scan.
+
+    A scan copies what a turn keeps for the backward pass into arrays of all layers, which are zeroed before, and reads and
+    writes each layer's part of the sums of gradients once more than needed.
+    """
+    return params | {"blocks": jax.tree.map(tuple, params["blocks"])}
+
+
+def stacked(params: Any) -> Any:
+    """The inverse of `separated`; what is stacked stays as it is."""
+    blocks = jax.tree.map(
+        lambda leaf: jnp.stack(leaf) if _is_tuple(leaf) else leaf, params["blocks"], is_leaf=_is_tuple
+    )
+    return params | {"blocks": blocks}
+
+
+def is_separated(params: Any) -> bool:
+    """Whether `separated` gave these."""
+    return _is_tuple(jax.tree.leaves(params["blocks"], is_leaf=_is_tuple)[0])
+
+
+def kernels(params: Any, dtype) -> list[jax.Array]:
+    """The kernels of `separated` blocks in dtype, one after the other: for `with_kernels`."""
+    return [leaf.astype(dtype) for leaf in jax.tree.leaves(params["blocks"]) if leaf.ndim == 2]
+
+
+def with_kernels(params: Any, kernels: Sequence[jax.Array]) -> Any:
+    """`separated` parameters whose blocks' kernels have those of `kernels` in their place; gradients go to the parameters."""
+    given = iter(kernels)
+    place = lambda leaf: _in_place_of(leaf, next(given)) if leaf.ndim == 2 else leaf  # noqa: E731
+    return params | {"blocks": jax.tree.map(place, params["blocks"])}
+
+
+@jax.custom_vjp
+def _in_place_of(param, kernel):
+    return kernel
+
+
+_in_place_of.defvjp(lambda param, kernel: (kernel, None), lambda _, gradient: (widen(gradient), None))
+
+
+def _is_tuple(leaf) -> bool:
+    return isinstance(leaf, tuple)
+
+
+def _of_layer(params, number, dtype):
+    """One layer's parameters of `separated` ones; kernels in dtype: each pass would cast its own behind prevent_cse."""
+    own = jax.tree.map(lambda leaf: leaf[number], params, is_leaf=_is_tuple)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim == 2 else leaf, own)
+
+
 def _kept(remat: str, primitive, *inputs, **parameters) -> bool:
     """Whether the backward pass is given what this operation computes in the forward pass (else it computes it again).
 
@@ -375,9 +305,8 @@ def _kept(remat: str, primitive, *inputs, **parameters) -> bool:
     """
     if attention.is_result(primitive, parameters):
         return True
-    return remat == "none" and jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
-        primitive, *inputs, **parameters
-    )
+    dense = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return remat == "none" and (attention.is_input(primitive, parameters) or dense(primitive, *inputs, **parameters))
 
 
 def abstract(settings: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from encode.records import InputError
 from jaxdit import checkpoint
 
 ENCODERS = ("vae", "text", "vision")
-MODEL_CODE = ("model.py", "attention.py", "flow.py")
+MODEL_CODE = ("model.py", "layers.py", "attention.py", "flow.py")
 SKIP, NEEDED, NONE = "skip", "needed", "none"
 
 
@@ -61,7 +61,7 @@ def look(config: Any, dataset: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_code() -> str:
-    """A hash of the syntax of model.py, attention.py and flow.py: comments and layout do not count, everything else does."""
+    """A hash of the syntax of MODEL_CODE: comments and layout do not count, everything else does."""
     here = Path(__file__).parent
     trees = [ast.dump(_without_docstrings(ast.parse((here / name).read_text()))) for name in MODEL_CODE]
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:16]

@@ -125,7 +125,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     zeros, accumulate, change, judge = mesh.compiled(
         devices,
         jax.eval_shape(fresh),
-        new_total=partial(update.new_total, shapes),
+        new_total=partial(update.new_total, separate=trained.separate(settings), dtype=settings["dtype"]),
         accumulate=partial(update.accumulate_gradients, whole, options, seed),
         change=partial(update.apply_update, optimizer, schedule, config.optim.ema_decay, config.train.batch_size),
         judge=partial(heldout.losses, whole, options),
@@ -152,8 +152,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     )
     teller = Teller(config, log, clock, rows, saver, sum(map(len, dataset.train.values())))
     drawn = config.sample.previews > 0
-    scanned = model.abstract(settings | {"scan_unroll": 1})[0]
-    pictures = previews.Previews(workdir, dataset, config, scanned) if drawn and log else None
+    pictures = previews.Previews(workdir, dataset, config, graph) if drawn and log else None
     budget, stop, saved_at = Budget(config.train.eval_budget), StopOnSignal(), time.monotonic()
     wishes, stopping = processes.Wishes(divided, everywhere), False
     micro_batches = config.train.batch_size // config.train.micro_batch
@@ -190,7 +189,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     try:
         with jax.transfer_guard("disallow"):  # an implicit copy between host and device is an error, not a slow run
             while step < config.train.total_steps:
-                total = zeros()
+                total = zeros(state["params"])
                 flops = 0.0
                 for micro_batch in range(micro_batches):
                     stopping, saving = wishes.agree(stop.requested, late())

@@ -68,8 +68,7 @@ def load(workdir: str | Path, *, step: int | None = None, raw: bool = False) -> 
       InputError: not a working folder, nothing saved yet, or no such step.
     """
     config, dataset = describe(workdir)
-    settings = model_settings(config["model"], dataset["widths"]) | {"scan_unroll": 1}  # it pays for gradients alone
-    graph, shapes = model.abstract(settings)
+    graph, shapes = model.abstract(model_settings(config["model"], dataset["widths"]))
     step, params = checkpoint.restore_weights(workdir, shapes, step=step, raw=raw)
     devices = mesh.make_mesh() if jax.device_count() > 1 else None
     if devices is not None:
@@ -211,3 +210,8 @@ def model_settings(options: Any, widths: Mapping[str, int]) -> dict[str, Any]:
 def unrolled(options: Any, *, on_card: bool) -> int:
     """Layers a turn of the scan, from a configuration's "model" section: where scan_unroll is 0 all on a GPU, else one."""
     return options["scan_unroll"] or (options["layers"] if on_card else 1)
+
+
+def separate(settings: Mapping[str, Any]) -> bool:
+    """Whether training takes the layers apart (`model.separated`): where one turn of the scan would be all of them."""
+    return settings["scan_unroll"] == settings["layers"] > 1

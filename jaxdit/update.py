@@ -44,13 +44,26 @@ def state_of(optimizer, params):
     }
 
 
-def new_total(shapes):
-    """Accumulators of one update, float32: a bfloat16 sum would lose the small gradients."""
-    return {
-        "gradients": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes),
-        "loss_by_t": jnp.zeros(flow.TENTHS, jnp.float32),
-        "count_by_t": jnp.zeros(flow.TENTHS, jnp.float32),
-    } | {name: jnp.zeros((), jnp.float32) for name in SUMS}
+def new_total(params, *, separate: bool = False, dtype: str = "float32"):
+    """Accumulators of one update, float32: a bfloat16 sum would lose the small gradients.
+
+    Args:
+      params: the parameters, or their shapes where nothing is separate.
+      separate: whether each layer has sums of its own (`model.separated`). The kernels lie beside them then in the dtype of the
+        products, cast once for all micro-batches.
+      dtype: of the products.
+    """
+    gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+    cast = {"kernels": model.kernels(model.separated(params), dtype)} if separate and dtype != "float32" else {}
+    return (
+        cast
+        | {
+            "gradients": model.separated(gradients) if separate else gradients,
+            "loss_by_t": jnp.zeros(flow.TENTHS, jnp.float32),
+            "count_by_t": jnp.zeros(flow.TENTHS, jnp.float32),
+        }
+        | {name: jnp.zeros((), jnp.float32) for name in SUMS}
+    )
 
 
 def accumulate_gradients(graph, options, seed, params, total, batch, where):
@@ -71,7 +84,12 @@ def accumulate_gradients(graph, options, seed, params, total, batch, where):
     names = ("mean", "std", "shift", "drop_both", "drop_text", "drop_vision")
     keys = flow.sample_keys(seed, where[0], where[1], batch["latent"].shape[0])
 
+    if model.is_separated(total["gradients"]):
+        params = model.separated(params)
+
     def summed_loss(params):
+        if "kernels" in total:
+            params = model.with_kernels(params, total["kernels"])
         found = flow.losses(nnx.merge(graph, params), batch, keys, **{name: options[name] for name in names})
         return found["loss"].sum(), found
 
@@ -79,11 +97,15 @@ def accumulate_gradients(graph, options, seed, params, total, batch, where):
     gradients = jax.tree.map(jax.new_ref, total["gradients"])
     backward.with_refs(gradients)(jnp.ones_like(loss))
     by_t, counts = flow.sum_by_timestep(found["loss"], found["t"])
-    return {
-        "gradients": jax.tree.map(jax.ref.freeze, gradients),
-        "loss_by_t": total["loss_by_t"] + by_t,
-        "count_by_t": total["count_by_t"] + counts,
-    } | {name: total[name] + found[name].sum() for name in SUMS}
+    return (
+        total
+        | {
+            "gradients": jax.tree.map(jax.ref.freeze, gradients),
+            "loss_by_t": total["loss_by_t"] + by_t,
+            "count_by_t": total["count_by_t"] + counts,
+        }
+        | {name: total[name] + found[name].sum() for name in SUMS}
+    )
 
 
 def apply_update(optimizer, schedule, maximum_decay, batch_size, state, total):
@@ -92,7 +114,7 @@ def apply_update(optimizer, schedule, maximum_decay, batch_size, state, total):
     Returns:
       (new state, row): row holds the numbers of metrics.jsonl that the device knows, [] or (loss_t) [10].
     """
-    gradients = jax.tree.map(lambda leaf: leaf / batch_size, total["gradients"])
+    gradients = jax.tree.map(lambda leaf: leaf / batch_size, model.stacked(total["gradients"]))
     loss, norm = total["loss"] / batch_size, optax.global_norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     changes, opt_state = optimizer.update(gradients, state["opt_state"], state["params"], moves=finite)

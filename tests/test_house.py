@@ -29,6 +29,7 @@ FLOORS = [
         "quality",
         "advice",
         "attention",
+        "layers",
         "processes",
         "state_dict",
     },

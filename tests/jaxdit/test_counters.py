@@ -15,7 +15,7 @@ import pytest
 from jax._src.array import ArrayImpl
 from tiny_run import tiny
 
-from jaxdit import attention, estimate, model, optim, train, update
+from jaxdit import attention, estimate, model, optim, train, trained, update
 
 BUCKETS = {"64x64": 9, "48x80": 6, "80x48": 5}
 STEPS, MICRO_BATCHES, LOG_EVERY = 24, 2, 4
@@ -160,7 +160,7 @@ def gradients(settings, count, latent, text):
         "text_length": shape((count,), jnp.int32),
         "vision": shape((count, settings["vision_width"]), jnp.float32),
     }
-    total = jax.eval_shape(partial(update.new_total, params))
+    total = jax.eval_shape(partial(update.new_total, params, separate=trained.separate(settings)))
     step = partial(update.accumulate_gradients, graph, FLOW, 0)
     return step, (params, total, batch, shape((2,), jnp.int32))
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from jaxdit import estimate, model, optim, update
+from jaxdit import estimate, model, optim, trained, update
 
 FLOW = {"mean": 0.0, "std": 1.0, "shift": 1.0, "drop_both": 0.1, "drop_text": 0.1, "drop_vision": 0.1}
 SETTINGS = {
@@ -34,7 +34,7 @@ def arguments(settings, count, latent, text):
         "text_length": shape((count,), jnp.int32),
         "vision": shape((count, settings["vision_width"]), jnp.float32),
     }
-    total = jax.eval_shape(partial(update.new_total, shapes))
+    total = jax.eval_shape(partial(update.new_total, shapes, separate=trained.separate(settings)))
     step = partial(update.accumulate_gradients, graph, FLOW, 0)
     return step, (shapes, total, batch, shape((2,), jnp.int32))
 

@@ -45,7 +45,7 @@ def main():
         zeros, accumulate, change, judge = mesh.compiled(
             devices,
             start,
-            new_total=partial(update.new_total, shapes),
+            new_total=update.new_total,
             accumulate=partial(update.accumulate_gradients, whole, dict(config.flow), 0),
             change=partial(update.apply_update, optimizer, lambda _: 1e-2, 0.999, MICRO_BATCHES * ROWS),
             judge=partial(heldout.losses, whole, dict(config.flow)),
@@ -54,7 +54,7 @@ def main():
         rows, everywhere = mesh.over_batch(devices), mesh.replicated(devices)
         random, losses, programs = np.random.default_rng(0), [], []
         for step in range(STEPS):
-            total = zeros()
+            total = zeros(state["params"])
             for micro in range(MICRO_BATCHES):
                 batch = jax.device_put(batch_of(random), rows)
                 where = jax.device_put(np.array([step, micro * ROWS], np.int32), everywhere)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdit import flow, model, optim, update
+from jaxdit import flow, layers, model, optim, update
 
 SETTINGS = {
     "layers": 2,
@@ -165,9 +165,9 @@ def _plain_rms_norm(x, scale):
 @pytest.mark.parametrize(
     ("ours", "plain", "shapes"),
     [
-        (model.gelu, _plain_gelu, [(2, 5, 8)]),
-        (partial(model.modulate, dtype=jnp.float64), _plain_modulate, [(2, 5, 8), (2, 8), (2, 8)]),
-        (model.rms_norm, _plain_rms_norm, [(2, 5, 3, 8), (8,)]),
+        (layers.gelu, _plain_gelu, [(2, 5, 8)]),
+        (partial(layers.modulate, dtype=jnp.float64), _plain_modulate, [(2, 5, 8), (2, 8), (2, 8)]),
+        (layers.rms_norm, _plain_rms_norm, [(2, 5, 3, 8), (8,)]),
     ],
 )
 def test_gradients_that_are_written_out_are_those_of_the_formula(ours, plain, shapes):
@@ -258,15 +258,15 @@ def test_a_new_model_predicts_zero_and_every_conditioning_path_learns():
 def test_what_runs_on_a_gpu_alone_is_the_same_model(monkeypatch, remat):
     """One product for q, k and v, and the layers without a loop, compiled here."""
     arguments = inputs()
+    graph, params = trained_like(remat=remat)
 
-    def answers(**changes):
-        graph, params = trained_like(remat=remat, **changes)
-        run = jax.jit(lambda params: jnp.square(nnx.merge(graph, params)(*arguments)).mean())
+    def answers(lay_out):
+        run = jax.jit(lambda params: jnp.square(nnx.merge(graph, lay_out(params))(*arguments)).mean())
         return jax.value_and_grad(run)(params)
 
-    here = answers()
+    here = answers(lambda params: params)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    there = answers(scan_unroll=SETTINGS["layers"])
+    there = answers(model.separated)
     for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-5 * float(jnp.abs(one).max()))
 
@@ -292,7 +292,7 @@ def test_attention_logits_stay_bounded_however_large_the_projections():
         32, 2, zero=False, dtype=jnp.float32, implementation="xla", rngs=nnx.Rngs(0)
     )  # fmt: skip
     q = (100 * attention.query(jax.random.normal(jax.random.key(0), (3, 5, 32)))).reshape(3, 5, 2, 16)
-    q = model.rms_norm(q, attention.query_norm.scale[...])
+    q = layers.rms_norm(q, attention.query_norm.scale[...])
     assert (jnp.linalg.norm(q, axis=-1) <= 4 * 1.001).all()  # sqrt(head size) times a gain of 1
 
 
@@ -331,6 +331,28 @@ def test_accumulated_gradients_equal_those_of_one_batch():
     for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(total)):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(jnp.abs(ours).max()) + 1e-6)
     assert jax.tree.leaves(total)[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("remat", "dtype"), [("none", "float32"), ("block", "float32"), ("none", "bfloat16")])
+def test_an_update_with_separate_layers_is_that_with_stacked_ones(remat, dtype):
+    graph, params = trained_like(remat=remat, dtype=dtype)
+    x, _, conditions, _, _ = inputs(batch=4)
+    options = {"mean": 0.0, "std": 1.0, "shift": 1.0, "drop_both": 0.1, "drop_text": 0.1, "drop_vision": 0.1}
+    accumulate = jax.jit(partial(update.accumulate_gradients, graph, options, 0))
+    optimizer = optim.make_optimizer(lambda _: 1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+    found = []
+    for separate in (False, True):
+        total = update.new_total(params, separate=separate)
+        assert model.is_separated(total["gradients"]) == separate
+        for first in (0, 4):
+            total = accumulate(params, total, conditions | {"latent": x}, jnp.array([5, first]))
+        state, row = update.apply_update(
+            optimizer, lambda _: 1e-3, 0.9999, 8, update.state_of(optimizer, params), total
+        )
+        found.append((model.stacked(total["gradients"]), state["params"], row["loss"], row["grad_norm"]))
+    close = 1e-5 if dtype == "float32" else 3e-2
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(other, one, rtol=close, atol=close * float(jnp.abs(one).max()) + 1e-6)
 
 
 def test_micro_batches_of_unequal_buckets_give_the_mean_over_all_samples():
@@ -375,7 +397,7 @@ def test_the_product_and_its_gradients_are_those_of_a_plain_one(dtype, leading, 
         back = jax.grad(lambda *inputs: (multiply(*inputs) * weights).sum().astype(jnp.float32), (0, 1, 2))
         return [multiply(x, kernel, bias), *jax.jit(back)(x, kernel, bias)]
 
-    for ours, theirs in zip(results(model.product), results(lambda x, kernel, bias: x @ kernel + bias), strict=True):
+    for ours, theirs in zip(results(layers.product), results(lambda x, kernel, bias: x @ kernel + bias), strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         ours, theirs = (np.asarray(value, np.float32) for value in (ours, theirs))
         np.testing.assert_allclose(
