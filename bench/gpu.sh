@@ -103,8 +103,8 @@ step() { # step CONFIG RESOLUTION MICRO_BATCH REMAT PEERS SECONDS: one case of b
     --peers="$5" --label="$2-$3" "${stepping[@]}"
 }
 
-photographs() { # photographs COUNT SIZE: the generated ones, encoded at that resolution, of one shape
-  $python -m encode.demo --out="$work/photographs-$1" --count="$1" &&
+photographs() { # photographs COUNT SIZE: the generated ones, square, encoded at that resolution in one bucket
+  $python -m encode.demo --out="$work/photographs-$1" --count="$1" --side="$2" &&
     $python -m encode.main --config=configs/encode_demo.py --config.images="$work/photographs-$1" \
       --config.out="$work/encoded-$1" --config.resolutions="($2,)" --config.buckets="(($2, $2),)" --config.max_upscale=4.0
 }

@@ -4,7 +4,7 @@ A caption says pose, side and object and never the light, so the light can only 
 side only from the text. The light is drawn independently of the rest, and it is symmetric: the picture of a swapped
 caption is exactly the mirror image. What is known of each picture stands in DIR/.truth.json (dot-files are not inputs).
 
-    python -m encode.demo --out=DIR [--count=100] [--seed=0]
+    python -m encode.demo --out=DIR [--count=100] [--seed=0] [--side=0]
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from encode.records import InputError, publish, write_json
 VERSION = 1  # of the drawings
 SIDES = ("left", "right")
 SIZES = ((256, 256), (224, 288), (288, 224))  # width, height
+SMALLEST = 64  # pixels a side, of square ones
 HUES = tuple(range(0, 360, 30))  # degrees on the OKLab circle
 STRENGTHS = (0.55, 0.7, 0.85, 1.0)
 
@@ -52,24 +53,28 @@ class Scene:
         return left if self.side == "left" else np.ascontiguousarray(left[:, ::-1])
 
 
-def generate(folder: Path, count: int = 100, seed: int = 0) -> int:
+def generate(folder: Path, count: int = 100, seed: int = 0, side: int = 0) -> int:
     """Write the pictures and captions that are not there yet.
 
     Args:
-      folder: where; must be new, empty, or an earlier call's with the same count and seed.
+      folder: where; must be new, empty, or an earlier call's with the same settings.
       count: pictures; the captions of the first 100 are unique, more show the same compositions in other lights.
       seed: decides which light falls on which composition.
+      side: pixels of square pictures, for a data set of one bucket: cut to one shape, pictures of several would differ in what
+        no caption says; 0: the three of SIZES.
 
     Returns:
       How many pictures were written now; 0: the folder was finished.
     """
     if count < 1:
         raise InputError(f"--count={count}: at least one picture is needed.")
+    if side and side < SMALLEST:
+        raise InputError(f"--side={side}: at least {SMALLEST} pixels are needed, or 0 for pictures of three shapes.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, {"version": VERSION, "count": count, "seed": seed})
+    _claim(folder, {"version": VERSION, "count": count, "seed": seed} | ({"side": side} if side else {}))
     written, truth = 0, {}
-    for number, scene in enumerate(scenes(count, seed)):
+    for number, scene in enumerate(scenes(count, seed, side)):
         picture, caption = folder / f"figure-{number:04d}.png", folder / f"figure-{number:04d}.txt"
         truth[picture.name] = {key: value for key, value in asdict(scene).items() if key != "size"}
         if picture.exists() and caption.exists():
@@ -82,8 +87,8 @@ def generate(folder: Path, count: int = 100, seed: int = 0) -> int:
     return written
 
 
-def scenes(count: int, seed: int) -> list[Scene]:
-    """The pictures of a data set; every hundred holds each of 2 sides x 5 poses x 10 objects once."""
+def scenes(count: int, seed: int, side: int = 0) -> list[Scene]:
+    """The pictures of a data set (see `generate`); every hundred holds each of 2 sides x 5 poses x 10 objects once."""
     objects = [list(OBJECTS)[index] for index in _shuffled(len(OBJECTS), f"object {seed}")]
     poses = list(POSES)
     compositions = []
@@ -91,13 +96,14 @@ def scenes(count: int, seed: int) -> list[Scene]:
         pair = number // 2 % (len(objects) * len(poses))
         pose = poses[(pair + pair // len(objects)) % len(poses)]
         compositions.append((SIDES[number % 2], pose, objects[pair % len(objects)]))
+    sizes = [(side, side)] if side else SIZES
     lights = [(hue, strength) for strength in STRENGTHS for hue in HUES]
     best, found = math.inf, []
     for attempt in range(64):  # of some shuffles the one whose lights depend least on the composition
         order = _shuffled(count, f"light {attempt} {seed}")
         shapes = _shuffled(count, f"size {attempt} {seed}")
         candidate = [
-            Scene(*composition, *lights[light % len(lights)], SIZES[shape % len(SIZES)])
+            Scene(*composition, *lights[light % len(lights)], sizes[shape % len(sizes)])
             for composition, light, shape in zip(compositions, order, shapes)
         ]
         if (score := dependence(candidate)) < best:
@@ -161,7 +167,7 @@ def main() -> int:
     if not options.out:
         raise InputError("--out=DIR is missing: the folder that receives the pictures.")
     folder = commandline.path_of(options.out)
-    written = generate(folder, options.count, options.seed)
+    written = generate(folder, options.count, options.seed, options.side)
     if written:
         print(f"Wrote {written} pictures with captions into {folder}.")
     else:
@@ -175,4 +181,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder that receives the pictures.")
     flags.DEFINE_integer("count", 100, "Pictures.")
     flags.DEFINE_integer("seed", 0, "Decides which light falls on which composition.")
+    flags.DEFINE_integer("side", 0, "Pixels a side of square pictures, for a data set of one bucket; 0: three shapes.")
     commandline.run(main)

@@ -76,7 +76,8 @@ TEXT_UNHEARD = (
     "cross_attention, whose output begins at zero and must grow; at text_in and text_norm; at text_length, which masks the "
     "keys; whether captions lie beside their own images. flow.drop_text={drop_text:g} is how often the text is hidden, "
     "flow.drop_vision={drop_vision:g} how often it must do without the vector. A larger flow.shift (now {shift:g}) helps, "
-    "the more the higher the resolution: composition is settled near t = 1."
+    "the more the higher the resolution: composition is settled near t = 1. Images of several shapes that were cut to one "
+    "bucket differ in what no caption says: the generated photographs are all square with encode.demo --side."
 )
 SIDES = (
     "Captions are remembered, but an exchanged one does not move the composition: left and right are not bound to the "

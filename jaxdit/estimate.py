@@ -17,7 +17,7 @@ FLOAT32 = 4
 # Share of a card's peak, counted in all operations that it performs (what remat computes again as well), where nothing
 # was measured. GPT-2 124M on a 4090 reaches 55% (karpathy/nanoGPT#182: 29% of an A100's 312 TFLOP/s); of that, a tenth goes to
 # this model's float32 norms and rotations, which wait for memory. An H100, whose products are twice as fast for the speed of its
-# memory as a 4090's, reaches 30% (full model at 512, micro-batch 8); a 4090 has not been measured.
+# memory as a 4090's, reaches 31% (full model at 512, micro-batch 8); a 4090 has not been measured.
 UTILISATION = 0.5
 
 # Dense tensor-core peaks in TFLOP/s by JAX's device_kind: (bfloat16 with float32 sums, TF32: JAX's float32 products run in

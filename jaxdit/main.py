@@ -72,7 +72,7 @@ def train(config) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return commandline.fail(
-            f"the device's memory does not hold this: take --config.model.scan_unroll=1 (a tenth slower), "
+            f"the device's memory does not hold this: take --config.model.scan_unroll=1 (an eighth slower), "
             f"--config.model.remat=block (a quarter), or a new --workdir with a smaller train.micro_batch than "
             f"{config.train.micro_batch}."
         )

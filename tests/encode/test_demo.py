@@ -86,6 +86,20 @@ def test_folder_is_what_a_user_would_have(tmp_path):
     assert sizes == set(demo.SIZES)
 
 
+def test_pictures_for_one_bucket_are_square_and_otherwise_the_same_scenes(tmp_path):
+    assert demo.generate(tmp_path / "demo", 4, side=96) == 4 and demo.generate(tmp_path / "demo", 4, side=96) == 0
+    for path in sorted((tmp_path / "demo").glob("*.png")):
+        with Image.open(path) as picture:
+            assert picture.size == (96, 96)
+    shown = [(scene.caption, scene.hue, scene.strength) for scene in demo.scenes(100, 0, 96)]
+    assert len(set(shown)) == 100 and demo.dependence(demo.scenes(100, 0, 96)) < 0.3
+    with pytest.raises(InputError, match="choose another folder"):
+        demo.generate(tmp_path / "demo", 4)
+    with pytest.raises(InputError, match="--side=12: at least 64 pixels"):
+        demo.generate(tmp_path / "small", 4, side=12)
+    assert not (tmp_path / "small").exists()
+
+
 def test_second_run_does_nothing_and_says_so(tmp_path):
     command = [sys.executable, "-m", "encode.demo", f"--out={tmp_path / 'demo'}", "--count=4"]
     first = subprocess.run(command, capture_output=True, text=True, check=True)
