@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 # Resolution: (micro-batch, steps, shift of the timesteps, peak learning rate). By estimate three weeks on a 4090 in all: 115, 20
-# and 2.6 million samples in 10, 7 and 5 days. Micro-batches need 21.0 GB of the 21.6 that XLA takes of 24, by jaxdit.plan.
+# and 2.6 million samples in 10, 7 and 5 days. Micro-batches need 20.7 GB of the 21.6 that XLA takes of 24, by jaxdit.plan.
 STAGES = {
     # Most samples are seen where they are cheap: a sample at 1024 costs about twenty times one at 256.
     "256": (32, 450_000, 1.0, 3e-4),

@@ -120,9 +120,9 @@ def images_per_second(hardware: float, peak: float, utilisation: float = UTILISA
 
 
 # How much lives beside what is kept, fitted to compiled.memory_analysis() of the trainer's own step on XLA's CPU backend in
-# float32: 9 shapes of 2-24 layers, width 64-512, 64-1,024 tokens, micro-batches of 1-8, each with and without remat, all within
-# 14%, and within 7% from 80 MB on (tests/jaxdit/test_estimate.py and test_counters.py hold eight). bfloat16 is scaled by its
-# size, as XLA's CPU backend computes in float32 there; and XLA fuses more for a GPU, which should need rather less.
+# float32: 11 shapes of 2-24 layers, width 64-512, 64-1,024 tokens, micro-batches of 1-8, with and without remat, all within 8%
+# (tests/jaxdit/test_estimate.py and test_counters.py hold eight). bfloat16 is scaled by its size, as XLA's CPU backend computes
+# in float32 there; XLA's programs for a 4090 need 4% less than the whole, with remat 12% (bench/traffic.py).
 LAYER_WEIGHTS = 2  # of one layer's weights: those at hand, and their gradients before they are added
 
 
@@ -206,8 +206,8 @@ def kept_in_layer(
 ) -> int:
     """Bytes that one layer keeps for the backward pass, exactly as JAX differentiates `model.Block`.
 
-    The layer's input and both attentions' outputs with the logarithms of their sums; without remat the dense layers' results
-    and what cuDNN's self-attention is given.
+    The layer's input and both attentions' outputs, with what softmax and norms know of each row; without remat the dense
+    layers' results and what cuDNN's self-attention is given.
     """
     b, n, l = micro_batch, tokens(settings, latent_shape), text_length
     d, k = settings["width"], settings["heads"]
@@ -217,14 +217,17 @@ def kept_in_layer(
     )  # 4 of self, 2 of cross, 5 of the MLP; text; modulation
     if remat == "none" and settings["attention"] == "cudnn":
         dense += 3 * n * d
-    return b * (item * (3 * n * d + dense) + 2 * FLOAT32 * n * k)
+    rows = (
+        2 * n * k + 4 * n + (3 * n + l) * k
+    )  # sums of softmax; means and deviations; root mean squares of queries and keys
+    return b * (item * (3 * n * d + dense) + FLOAT32 * rows)
 
 
 def _in_layer(settings, latent_shape, text_length) -> int:
     """Bytes an image of all that one layer computes, alive while it is differentiated: norms and rotations are float32."""
     n, l, d, k = tokens(settings, latent_shape), text_length, settings["width"], settings["heads"]
     item = FLOAT32 if settings["dtype"] == "float32" else 2
-    wide = (18 * FLOAT32 + (11 + 24) * item) * n * d + (3 * FLOAT32 + 2 * item) * l * d  # 24: the MLP, 4 d wide
+    wide = (8 * FLOAT32 + (11 + 24) * item) * n * d + (3 * FLOAT32 + 2 * item) * l * d  # 24: the MLP, 4 d wide
     return wide + FLOAT32 * (6 * n + (8 * n + 2 * l) * k)  # thin: one over the root mean square, of tokens and of heads
 
 

@@ -12,6 +12,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+ROW = "one number a row"  # what the backward pass is given of a norm: little to keep, a whole array to read for it
 
 
 @jax.custom_vjp
@@ -83,10 +86,16 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, dtype) -> jax.Arr
     return (layer_norm(x) * (1 + widen(scale[:, None])) + widen(shift[:, None])).astype(dtype)
 
 
+def _modulate_forward(x, shift, scale, dtype):
+    wide = widen(x)
+    mean, factor = (checkpoint_name(part, ROW) for part in jax.lax.optimization_barrier(_row_statistics(wide)))
+    normed = (wide - mean) * factor
+    return (normed * (1 + widen(scale[:, None])) + widen(shift[:, None])).astype(dtype), (x, scale, mean, factor)
+
+
 def _modulate_backward(_, kept, gradient):
-    x, scale = kept
+    x, scale, mean, factor = kept
     wide, gradient = widen(x), widen(gradient)
-    mean, factor = jax.lax.optimization_barrier(_row_statistics(wide))
     normed, scaled = (wide - mean) * factor, gradient * (1 + widen(scale[:, None]))
     along = scaled.mean(-1, keepdims=True), (scaled * normed).mean(-1, keepdims=True)
     level, slope = jax.lax.optimization_barrier(along)
@@ -94,7 +103,7 @@ def _modulate_backward(_, kept, gradient):
     return to_x.astype(x.dtype), gradient.sum(1).astype(scale.dtype), (gradient * normed).sum(1).astype(scale.dtype)
 
 
-modulate.defvjp(lambda x, shift, scale, dtype: (modulate(x, shift, scale, dtype), (x, scale)), _modulate_backward)
+modulate.defvjp(_modulate_forward, _modulate_backward)
 
 
 @jax.custom_vjp
@@ -109,10 +118,15 @@ def _root_mean_square(x):
     return jax.lax.optimization_barrier(jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6))
 
 
-def _rms_norm_backward(kept, gradient):
-    x, scale = kept
+def _rms_norm_forward(x, scale):
     wide = widen(x)
-    factor = _root_mean_square(wide)
+    factor = checkpoint_name(_root_mean_square(wide), ROW)
+    return wide * factor * scale, (x, scale, factor)
+
+
+def _rms_norm_backward(kept, gradient):
+    x, scale, factor = kept
+    wide = widen(x)
     normed, scaled = wide * factor, gradient * scale
     slope = jax.lax.optimization_barrier((scaled * normed).mean(-1, keepdims=True))
     # Over the tokens first: rows of heads * head_size are summed at the memory's speed, rows of head_size are not.
@@ -120,7 +134,7 @@ def _rms_norm_backward(kept, gradient):
     return (factor * (scaled - normed * slope)).astype(x.dtype), to_scale.sum(0)
 
 
-rms_norm.defvjp(lambda x, scale: (rms_norm(x, scale), (x, scale)), _rms_norm_backward)
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 @jax.custom_vjp

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxdit import attention
-from jaxdit.layers import Dense, gelu, modulate, rms_norm, widen
+from jaxdit.layers import ROW, Dense, gelu, modulate, rms_norm, widen
 
 TIME_FREQUENCIES = 256
 POSITION_RANGE = 64.0  # a square picture spans this many units of position at every resolution
@@ -301,9 +301,9 @@ def _of_layer(params, number, dtype):
 def _kept(remat: str, primitive, *inputs, **parameters) -> bool:
     """Whether the backward pass is given what this operation computes in the forward pass (else it computes it again).
 
-    Results of attention and, without remat, those of the dense layers.
+    Results of attention, what norms know of each row and, without remat, results of the dense layers and inputs of attention.
     """
-    if attention.is_result(primitive, parameters):
+    if attention.is_result(primitive, parameters) or (primitive.name == "name" and parameters["name"] == ROW):
         return True
     dense = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return remat == "none" and (attention.is_input(primitive, parameters) or dense(primitive, *inputs, **parameters))
