@@ -10,7 +10,9 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +27,22 @@ from encode.records import InputError
 WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM)
 
 
-def run(main: Callable[..., int], *, config: str | None = None) -> None:
+_asked_to_stop = threading.Event()
+STOPPED = 3  # exit code of what a signal ended, with everything kept that was made
+
+
+def run(main: Callable[..., int], *, config: str | None = None, interrupted: bool = False) -> None:
     """Parse the command line, call main, and leave the process with its exit code.
 
     Args:
       main: takes the configuration (or nothing where `config` is None), returns an exit code.
       config: default of --config, a Python file with get_config(arg), given as FILE or FILE:ARG.
+      interrupted: whether SIGTERM, as Ctrl-C, ends main wherever it is, by KeyboardInterrupt (see `go_on`). In the midst of a
+        compilation that leaves JAX in a state in which the interpreter's own end can crash: such a process is left at once.
     """
+    if interrupted:
+        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGTERM, _interrupt)
     absl_logging.use_absl_handler()
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     absl_logging.set_verbosity(absl_logging.INFO)
@@ -57,7 +68,24 @@ def run(main: Callable[..., int], *, config: str | None = None) -> None:
             raise
         code = fail(f"{error.filename or 'file'}: {error.strerror}.", 2 if error.errno in WRONG_PATH else 1)
     sys.stdout.flush()
+    if interrupted and code == STOPPED:
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+def _interrupt(_, frame) -> None:
+    _asked_to_stop.set()
+    if (
+        frame is None or frame.f_code.co_name != "_xla_gc_callback"
+    ):  # JAX's, run by the garbage collector: it would be lost there
+        raise KeyboardInterrupt
+
+
+def go_on() -> None:
+    """Raise KeyboardInterrupt where a signal came that raised none, or one that was lost in a library's callback."""
+    if _asked_to_stop.is_set():
+        raise KeyboardInterrupt
 
 
 def _help(config: str | None) -> str:

@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import shutil
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -249,6 +248,7 @@ class _Progress:
         self._said = time.monotonic()
 
     def drawn(self, count: int) -> None:
+        commandline.go_on()
         self.done += count
         now = time.monotonic()
         if self._first is None:
@@ -288,12 +288,11 @@ def main() -> int:
         return commandline.fail(f"{error}; what was judged before is in {out / 'evaluation.jsonl'}.")
     except KeyboardInterrupt:
         print(f"Stopped; what was judged before is in {out / 'evaluation.jsonl'}, and the same command does the rest.")
-        return 3
+        return commandline.STOPPED
     print(f"Judged: {len(rows)} of the run's checkpoints. Look at {out / 'evaluation.html'}")
     return commandline.fail("; ".join(problems)) if problems else 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is judged stays
     define_flags()
-    commandline.run(main)
+    commandline.run(main, interrupted=True)

@@ -14,7 +14,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's enc
 
 import contextlib
 import math
-import signal
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,7 +94,7 @@ def main() -> int:
         return _run(workdir, out)
     except KeyboardInterrupt:
         print("Stopped before the first picture; the same command draws them all.")
-        return 3
+        return commandline.STOPPED
 
 
 def _run(workdir: Path, out: Path) -> int:
@@ -144,7 +143,7 @@ class _Session:
         code = commandline.fail("; ".join(dict.fromkeys(problems)) + ".") if problems else 0
         if stopped:
             print(f"Stopped: {len(made)} of {len(asked)} pictures are in {self.out}; the same command draws the rest.")
-            return 3
+            return commandline.STOPPED
         return code
 
     def _draw(self, plan: studio.Plan, known) -> Iterator[str]:
@@ -167,6 +166,7 @@ class _Session:
                 with contextlib.suppress(OSError):  # a disk that is full says so again at the end
                     self._list(self.studio.there(plan), plan.names, plan.settings)
                 progress.batch(value)
+                commandline.go_on()
 
     def _list(self, made: Sequence[int], names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> None:
         """samples.json: the pictures of this call."""
@@ -315,6 +315,5 @@ def _words(wish: Wish) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is made stays
     define_flags()
-    commandline.run(main)
+    commandline.run(main, interrupted=True)
