@@ -29,6 +29,7 @@ from jax.experimental import topologies
 
 from bench import device, profile_step, train_step
 from encode import commandline
+from encode.records import InputError
 from jaxdit import model, trained, update
 
 SIZES = {"pred": 1, "bf16": 2, "f16": 2} | {f"{kind}{bits}": bits // 8 for kind in "fsu" for bits in (8, 16, 32, 64)}
@@ -201,7 +202,10 @@ def compiled(card: str, config: Any, resolution: int, micro_batch: int, text: in
             platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=description
         )
     except NotImplementedError as error:
-        raise SystemExit('Error: JAX has no CUDA plugin here: pip install "jax[cuda13]" of its version.') from error
+        raise InputError(
+            f"--card={card}: JAX has no CUDA plugin here, by which XLA compiles for it; pip install "
+            f'"jax[cuda13]=={jax.__version__}" brings it, and neither card nor driver is needed.'
+        ) from error
     place = jax.sharding.SingleDeviceSharding(there.devices[0])
 
     def shapes(tree):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from bench import traffic
+from encode.records import InputError
 
 # A fusion that reads one layer of three and writes it in place into another stack, one with two results, a product.
 TEXT = """HloModule jit_step, is_scheduled=true
@@ -56,3 +57,12 @@ def test_a_program_compiled_here_is_understood(function, read, written):
     moved = traffic.moved(jax.jit(function).lower(x).compile().as_text())
     assert sum(row[0] for row in moved.values()) == read * 64 * 128
     assert sum(row[1] for row in moved.values()) == written * 64 * 128
+
+
+def test_without_the_plugin_it_says_what_to_install(monkeypatch):
+    def missing(*_, **__):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(traffic.topologies, "get_topology_desc", missing)
+    with pytest.raises(InputError, match=r"--card=4090: JAX has no CUDA plugin here.*pip install"):
+        traffic.compiled("4090", None, 512, 8, 128)
