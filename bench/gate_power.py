@@ -69,9 +69,9 @@ FAULTS: dict[str, tuple[Any, dict[str, float], set[str]]] = {
 
 
 def photographs(folder: Path, count: int = 50, size: int = 64) -> Path:
-    """The generated photographs, encoded in one bucket."""
+    """Generated photographs, square: of three shapes cut to one bucket proportions would differ, which no caption names."""
     for command in (
-        ["encode.demo", f"--out={folder / 'photographs'}", f"--count={count}"],
+        ["encode.demo", f"--out={folder / 'photographs'}", f"--count={count}", "--side=256"],
         [
             "encode.main", "--config=configs/encode_demo.py", f"--config.images={folder / 'photographs'}",
             f"--config.out={folder / 'encoded'}", f"--config.resolutions=({size},)", "--config.max_buckets=1",
@@ -118,7 +118,7 @@ def main() -> int:
     file = device.path("gate-power", name)
     found = json.loads(file.read_text()) if file.exists() else {}
     if any(found.get(key) != value for key, value in known.items()):
-        found = known | {"command": " ".join(sys.argv), "models": {}}
+        found = known | {"command": " ".join(["python -m bench.gate_power", *sys.argv[1:]]), "models": {}}
     models = found["models"]
     with tempfile.TemporaryDirectory() as folder:
         path = photographs(Path(folder))

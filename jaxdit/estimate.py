@@ -120,9 +120,10 @@ def images_per_second(hardware: float, peak: float, utilisation: float = UTILISA
 
 
 # How much lives beside what is kept, fitted to compiled.memory_analysis() of the trainer's own step on XLA's CPU backend in
-# float32: 11 shapes of 2-24 layers, width 64-512, 64-1,024 tokens, micro-batches of 1-8, with and without remat, all within 8%
-# (tests/jaxdit/test_estimate.py and test_counters.py hold eight). bfloat16 is scaled by its size, as XLA's CPU backend computes
-# in float32 there; XLA's programs for a 4090 need 4% less than the whole, with remat 12% (bench/traffic.py).
+# float32: 11 shapes of 2-24 layers, width 64-512, 64-1,024 tokens, micro-batches of 1-8, with and without remat, all within 8%,
+# and 8 more with remat off within 10% (tests/jaxdit/test_estimate.py and test_counters.py hold ten). bfloat16 is scaled by its
+# size, as XLA's CPU backend computes in float32 there; XLA's programs for a 4090 need 4% less than the whole, with remat 12%
+# (bench/traffic.py).
 LAYER_WEIGHTS = 2  # of one layer's weights: those at hand, and their gradients before they are added
 
 
@@ -146,11 +147,11 @@ def memory(
       micro_batch: images of a micro-batch on this device.
       latent_shape: [height, width, channels].
       text_length: tokens that the text is padded to.
-      remat: "none" or "block".
+      remat: "none", "block" or "off".
     """
     copy = FLOAT32 * parameters
     activations = activation_bytes(settings, micro_batch, latent_shape, text_length, remat=remat)
-    if settings["scan_unroll"] == settings["layers"] > 1:
+    if settings["scan_unroll"] == settings["layers"] > 1 and remat != "off":
         activations += copy if settings["dtype"] == "float32" else copy // 2  # kernels as they are multiplied
     image = FLOAT32 * math.prod(latent_shape) + FLOAT32 * settings["vision_width"] + FLOAT32
     return {
@@ -187,15 +188,22 @@ def largest_micro_batch(
     return low
 
 
+def choices(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """What remat can be on the device of these settings, the one that keeps more first."""
+    return ("off" if settings["remat"] == "off" else "none"), "block"
+
+
 def activation_bytes(
     settings: Mapping[str, Any], micro_batch: int, latent_shape: Sequence[int], text_length: int, *, remat: str
 ) -> int:
     """Bytes of a micro-batch's forward and backward pass beside parameters and their gradients."""
-    kept = kept_in_layer(settings, micro_batch, latent_shape, text_length, remat=remat)
     at_work = micro_batch * _in_layer(settings, latent_shape, text_length)
-    weights = LAYER_WEIGHTS * FLOAT32 * KERNELS * settings["width"] ** 2
+    weights = FLOAT32 * KERNELS * settings["width"] ** 2
     outside = micro_batch * _outside(settings, latent_shape, text_length)
-    return round((settings["layers"] - 1) * kept + at_work + weights + outside)
+    if remat == "off":
+        return round(settings["layers"] * (at_work + weights) + outside)
+    kept = kept_in_layer(settings, micro_batch, latent_shape, text_length, remat=remat)
+    return round((settings["layers"] - 1) * kept + at_work + LAYER_WEIGHTS * weights + outside)
 
 
 KERNELS = 22  # d^2 a layer: modulation 6, self-attention 4, cross-attention 4, MLP 8

@@ -144,7 +144,7 @@ class DiT(nnx.Module):
       text_width, vision_width: of the conditions, from dataset.json.
       dtype: of the products, "bfloat16" or "float32".
       remat: "none" keeps the results of dense layers and of attention for the backward pass and computes norms, rotations
-        and activations again; "block" keeps the block's input and attention's results.
+        and activations again; "block" keeps the block's input and attention's results; "off" keeps everything.
       scan_unroll: layers a turn of the scan. All of them is for training, which takes them apart (`separated`); whoever does
         not has one a turn then.
       attention: "cudnn" or "xla", see `mesh.attention_implementation`.
@@ -221,8 +221,9 @@ class DiT(nnx.Module):
         h = self.patch_in(patchify(x, self.patch).astype(self.dtype))
         h = h + position_embedding(*grid, h.shape[-1]).astype(self.dtype)
         first = jax.tree.leaves(params, is_leaf=_is_tuple)[0]
-        # Where no loop parts the passes, XLA would find what is computed again and keep it instead.
-        layer = jax.checkpoint(layer, prevent_cse=_is_tuple(first), policy=partial(_kept, self.remat))
+        if self.remat != "off":
+            # Where no loop parts the passes, XLA would find what is computed again and keep it instead.
+            layer = jax.checkpoint(layer, prevent_cse=_is_tuple(first), policy=partial(_kept, self.remat))
         if _is_tuple(first):
             for number in range(len(first)):
                 h = layer(h, _of_layer(params, number, self.dtype))

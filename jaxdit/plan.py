@@ -141,8 +141,7 @@ def settings_for(stage: Stage, device: Device) -> dict[str, Any]:
     options, card = stage.config.model, device.kind.lower() != "cpu"
     dtype = options.dtype if options.dtype != "auto" else "bfloat16" if card else "float32"
     attention = "cudnn" if card and dtype == "bfloat16" else "xla"
-    unroll = trained.unrolled(options, on_card=card)
-    return settings | {"dtype": dtype, "attention": attention, "scan_unroll": unroll}
+    return settings | {"dtype": dtype, "attention": attention} | trained.unrolled(options, on_card=card)
 
 
 def screen(
@@ -187,14 +186,15 @@ def _heading(given, settings, count, device, measured) -> list[str]:
 
 
 def _buckets(given, settings, count, device, measured) -> list[str]:
+    choices = estimate.choices(settings)
     header = ["bucket", "images", "tokens", "text", "TFLOP/image", "images/s", "samples/day", "passes/day"]
-    header += ["largest micro-batch: none", "block"] + (["MFU", "GB compiled"] if measured else [])
+    header += [f"largest micro-batch: {choices[0]}", choices[1]] + (["MFU", "GB compiled"] if measured else [])
     rows, pictures = [], sum(bucket.images for bucket in given.buckets)
     for bucket in given.buckets:
         flops = estimate.training_flops(settings, bucket.latent, bucket.text)
         found = measured.get(bucket.name)
         rate = found.rate or None if found else _rate(settings, bucket, device)
-        most = [_largest(settings, count, device, bucket, remat) for remat in ("none", "block")]
+        most = [_largest(settings, count, device, bucket, remat) for remat in choices]
         row = [bucket.name, f"{bucket.images:,}", f"{estimate.tokens(settings, bucket.latent):,}", f"{bucket.text:,}"]
         row += [f"{flops / 1e12:.3g}", *_speed(rate, pictures), *map(str, most)]
         if found:
@@ -216,7 +216,7 @@ def _speed(rate: float | None, pictures: int) -> list[str]:
 def _memory(given, settings, count, device, measured) -> list[str]:
     largest = max(given.buckets, key=lambda bucket: math.prod(bucket.latent))
     train, rows, most, header = given.config.train, [], [], []
-    for remat in ("none", "block"):
+    for remat in estimate.choices(settings):
         parts = estimate.memory(
             settings, count, train.micro_batch // device.count, largest.latent, largest.text, remat=remat
         )
@@ -232,7 +232,7 @@ def _memory(given, settings, count, device, measured) -> list[str]:
         f"Memory (estimate, GB of {device.memory / 1e9:.1f}, with {train.micro_batch} images of {largest.name} at a time)",
         *table(header, rows),
         f"  train.micro_batch that fits every bucket and divides train.batch_size={train.batch_size}: at most {most[0]} with "
-        f"remat none, {most[1]} with block (estimate).",
+        f"remat {rows[0][0]}, {most[1]} with block (estimate).",
     ]
 
 

@@ -105,7 +105,8 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     everywhere, divided = mesh.replicated(devices), mesh.over_batch(devices)
     settings = trained.model_settings(config.model, dataset.info["widths"])
     if devices.shape["fsdp"] > 1:
-        settings["scan_unroll"] = 1  # whose turn gathers one layer's parameters, never all
+        # A turn gathers one layer's parameters, never all.
+        settings |= {"scan_unroll": 1, "remat": config.model.remat}
     graph, shapes = model.abstract(settings)
     if processes.first():
         startup.announce(config, dataset, settings, shapes, origin.read(workdir), workdir, devices)

@@ -197,8 +197,8 @@ def model_settings(options: Any, widths: Mapping[str, int]) -> dict[str, Any]:
     """What model.DiT takes, from a configuration's "model" section and a data set's widths."""
     dtype = mesh.compute_dtype(options["dtype"])
     return {
-        **{name: options[name] for name in ("layers", "width", "heads", "patch", "remat")},
-        "scan_unroll": unrolled(options, on_card=jax.default_backend() == "gpu"),
+        **{name: options[name] for name in ("layers", "width", "heads", "patch")},
+        **unrolled(options, on_card=jax.default_backend() == "gpu"),
         "dtype": dtype,
         "attention": mesh.attention_implementation(options["width"] // options["heads"], dtype),
         "channels": widths["latent"],
@@ -207,9 +207,17 @@ def model_settings(options: Any, widths: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def unrolled(options: Any, *, on_card: bool) -> int:
-    """Layers a turn of the scan, from a configuration's "model" section: where scan_unroll is 0 all on a GPU, else one."""
-    return options["scan_unroll"] or (options["layers"] if on_card else 1)
+def unrolled(options: Any, *, on_card: bool) -> dict[str, Any]:
+    """scan_unroll, layers a turn of the scan, and remat, from a configuration's "model" section.
+
+    Where scan_unroll is 0 one turn is all of them; on the CPU one layer under remat=block, as XLA there keeps whatever the
+    backward pass needs unless a loop parts the passes. So remat is off then: 4 to 11% faster than the scan, in twice its memory.
+    """
+    remat = options["remat"]
+    layers = options["scan_unroll"] or (options["layers"] if on_card or remat == "none" else 1)
+    if not on_card and remat == "none" and layers == options["layers"]:
+        remat = "off"
+    return {"scan_unroll": layers, "remat": remat}
 
 
 def separate(settings: Mapping[str, Any]) -> bool:

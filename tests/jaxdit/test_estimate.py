@@ -119,10 +119,16 @@ def test_what_a_layer_keeps_is_exact(monkeypatch, dtype, remat, attention):
 
 @pytest.mark.parametrize(
     "remat, layers, width, count, latent, text",
-    [("none", 4, 128, 2, (16, 24, 16), 40), ("block", 4, 256, 4, (32, 32, 16), 64)],
+    [
+        ("none", 4, 128, 2, (16, 24, 16), 40),
+        ("block", 4, 256, 4, (32, 32, 16), 64),
+        ("off", 2, 384, 4, (32, 32, 16), 64),
+        ("off", 8, 256, 2, (48, 32, 16), 64),
+    ],
 )
 def test_memory_is_near_that_of_the_compiled_program(remat, layers, width, count, latent, text):
     settings = SETTINGS | {"remat": remat, "layers": layers, "width": width}
+    settings["scan_unroll"] = layers if remat == "off" else 1
     step, shapes = arguments(settings, count, latent, text)
     compiled = jax.jit(step, donate_argnums=1).lower(*shapes).compile().memory_analysis()
     by_hand = estimate.activation_bytes(settings, count, latent, text, remat=remat)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdit import flow, layers, model, optim, update
+from jaxdit import flow, layers, model, optim, trained, update
 
 SETTINGS = {
     "layers": 2,
@@ -182,7 +182,7 @@ def test_gradients_that_are_written_out_are_those_of_the_formula(ours, plain, sh
             np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("changes", [{"remat": "block"}, {"scan_unroll": 2}])
+@pytest.mark.parametrize("changes", [{"remat": "block"}, {"remat": "off"}, {"scan_unroll": 2}])
 def test_remat_and_unroll_change_nothing(changes):
     graph, params = trained_like()
     other, _ = trained_like(**changes)
@@ -403,3 +403,32 @@ def test_the_product_and_its_gradients_are_those_of_a_plain_one(dtype, leading, 
         np.testing.assert_allclose(
             ours, theirs, rtol=0, atol=(1e-6 if dtype == "float32" else 2e-2) * np.abs(theirs).max()
         )
+
+
+@pytest.mark.parametrize(
+    "remat, scan_unroll, on_card, wanted",
+    [
+        ("none", 0, True, (6, "none")),
+        ("block", 0, True, (6, "block")),
+        ("none", 3, False, (3, "none")),
+        ("none", 0, False, (6, "off")),
+        ("block", 0, False, (1, "block")),
+    ],
+)
+def test_layers_run_without_a_loop_where_that_is_faster(remat, scan_unroll, on_card, wanted):
+    options = {"layers": 6, "remat": remat, "scan_unroll": scan_unroll}
+    assert tuple(trained.unrolled(options, on_card=on_card).values()) == wanted
+
+
+def test_the_cpu_keeps_what_remat_would_compute_again_where_no_loop_parts_the_passes():
+    sizes = {}
+    for remat in ("none", "off"):
+        settings = SETTINGS | {"remat": remat, "scan_unroll": SETTINGS["layers"]}
+        graph, shapes = model.abstract(settings)
+        arguments = inputs()
+
+        def loss(params, graph=graph, arguments=arguments):
+            return jnp.square(nnx.merge(graph, model.separated(params))(*arguments)).sum()
+
+        sizes[remat] = jax.jit(jax.grad(loss)).lower(shapes).compile().memory_analysis().temp_size_in_bytes
+    assert sizes["none"] == pytest.approx(sizes["off"], rel=0.2)
