@@ -72,7 +72,7 @@ def check(config: Any, devices: int) -> None:
         ),
         (
             c.model.scan_unroll == 0 or (c.model.scan_unroll > 0 and c.model.layers % c.model.scan_unroll == 0),
-            f"model.scan_unroll={c.model.scan_unroll} must divide model.layers={c.model.layers}, or be 0 (all layers).",
+            f"model.scan_unroll={c.model.scan_unroll} must divide model.layers={c.model.layers}, or be 0 (GPU: all).",
         ),
         (c.model.remat in ("none", "block"), f"model.remat={c.model.remat}: choose none or block."),
         (
