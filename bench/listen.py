@@ -130,7 +130,7 @@ def main() -> int:
     }
     result = json.loads(path.read_text()) if path.exists() else {}
     if any(result.get(key) != json.loads(json.dumps(value)) for key, value in known.items()):
-        result = known | {"command": " ".join(sys.argv), "first": {}, "curves": {}}
+        result = known | {"command": " ".join(["python -m bench.listen", *sys.argv[1:]]), "first": {}, "curves": {}}
     wanted = [(s, seed) for seed in range(options.seeds) for s in SETTINGS if options.settings in s]
     with tempfile.TemporaryDirectory() as folder:
         photographs = gate_power.photographs(Path(folder))
