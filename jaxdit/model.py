@@ -144,7 +144,8 @@ class DiT(nnx.Module):
       text_width, vision_width: of the conditions, from dataset.json.
       dtype: of the products, "bfloat16" or "float32".
       remat: "none" keeps the results of dense layers and of attention for the backward pass and computes norms, rotations
-        and activations again; "block" keeps the block's input and attention's results; "off" keeps everything.
+        and activations again; "block" keeps the block's input and attention's results; "off" keeps everything
+        (`trained.unrolled` says where).
       scan_unroll: layers a turn of the scan. All of them is for training, which takes them apart (`separated`); whoever does
         not has one a turn then.
       attention: "cudnn" or "xla", see `mesh.attention_implementation`.
