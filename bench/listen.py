@@ -1,6 +1,6 @@
 """Learning per hour, which is what a person pays for: when each check of the gate first passes, setting by setting.
 
-.venv/bin/python -m bench.listen [--settings=shift] [--seeds=3] [--steps=2400] [--label=512]
+.venv/bin/python -m bench.listen [--settings="shift 3,drop"] [--seeds=3] [--steps=900] [--label=512]
 
 Trains the small model of bench.gate_power on generated photographs with each setting and seed, and puts the averaged, the raw
 and the guided averaged weights of every checkpoint through the gate's measures. Goes on where it stopped: a row of the
@@ -26,24 +26,27 @@ from bench import device, gate_power
 from encode import commandline, encoders
 from jaxdit import charts, checkpoint, data, judge, metrics, page, train, trained, validate
 
-SHARES = ("drop_both", "drop_text", "drop_vision")
-SETTINGS: dict[str, dict[str, float]] = {
+SHARES = ("flow.drop_both", "flow.drop_text", "flow.drop_vision")
+SETTINGS: dict[str, dict[str, Any]] = {
     # The last two are shifts 1 and 4 of pictures eight times as large (512), whose composition shows through as much more noise.
-    **{f"shift {shift}": {"shift": float(shift)} for shift in (1, 2, 3, 5, 0.125, 0.5)},
+    **{f"shift {shift}": {"flow.shift": float(shift)} for shift in (1, 2, 3, 5, 0.125, 0.5)},
     "drop 5%": dict.fromkeys(SHARES, 0.05),
     "drop 20%": dict.fromkeys(SHARES, 0.2),
-    "drop vision 25%": {"drop_both": 0.1, "drop_text": 0.1, "drop_vision": 0.25},
+    "drop vision 25%": {"flow.drop_vision": 0.25},
+    "muon": {"optim.name": "muon"},
+    "muon, rate 5e-3": {"optim.name": "muon", "optim.peak_learning_rate": 5e-3},
+    "rate 5e-3": {"optim.peak_learning_rate": 5e-3},
 }
 LOOKS = {"averaged": (False, (1.0, 1.0)), "raw": (True, (1.0, 1.0)), "guided": (False, (2.0, 1.2))}
 SHOWN = ("text_only_ssim", "text_composition", "vision_light", "memory_ssim")
 
 
 def listen(
-    path: Path, workdir: Path, setting: dict[str, float], *, steps: int, every: int, seed: int
+    path: Path, workdir: Path, setting: dict[str, Any], *, steps: int, every: int, seed: int
 ) -> list[dict[str, Any]]:
     """Train one model, and look at each of its checkpoints: [{step, samples, seconds, averaged, raw, guided}]."""
     config = gate_power.configured(path, steps=steps, seed=seed)
-    config.flow.update(setting)
+    config.update_from_flattened_dict(setting)
     config.checkpoint.every, config.checkpoint.keep = every, steps // every + 1
     train.train(config, workdir)
     dataset = data.Dataset(path)
@@ -76,11 +79,10 @@ def first_passes(rows: list[dict[str, Any]], name: str, rate: float) -> dict[str
     return found
 
 
-def fastest(curves: dict[str, dict[str, list[dict[str, Any]]]]) -> float:
-    """Samples a second between two looks, the best of all trainings: they cost the same, and other work may have slowed some."""
+def fastest(seeds: dict[str, list[dict[str, Any]]]) -> float:
+    """Samples a second between two looks, the best of a setting's trainings: other work may have slowed some."""
     return max(
         (after["samples"] - before["samples"]) / (after["seconds"] - before["seconds"])
-        for seeds in curves.values()
         for rows in seeds.values()
         for before, after in pairwise(rows)
     )
@@ -88,9 +90,10 @@ def fastest(curves: dict[str, dict[str, list[dict[str, Any]]]]) -> float:
 
 def firsts(curves: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, Any]:
     """{setting: {seed: {weights: `first_passes`}}}."""
-    rate = fastest(curves)
     return {
-        setting: {seed: {look: first_passes(rows, look, rate) for look in LOOKS} for seed, rows in seeds.items()}
+        setting: {
+            seed: {look: first_passes(rows, look, fastest(seeds)) for look in LOOKS} for seed, rows in seeds.items()
+        }
         for setting, seeds in curves.items()
     }
 
@@ -109,10 +112,14 @@ def plot(result: dict[str, Any]) -> str:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("settings", "", "Only settings whose name holds this.")
+    flags.DEFINE_list(
+        "settings",
+        ["shift 1", "shift 2", "shift 3", "shift 5", "drop", "rate", "muon"],
+        "Those whose name holds one of these.",
+    )
     flags.DEFINE_integer("seeds", 3, "Trainings of each setting.")
-    flags.DEFINE_integer("steps", 2400, "Steps of each training.")
-    flags.DEFINE_integer("every", 400, "Steps between two looks.")
+    flags.DEFINE_integer("steps", 900, "Steps of each training.")
+    flags.DEFINE_integer("every", 100, "Steps between two looks.")
     flags.DEFINE_string("label", "", "In the result's name, to keep it beside others.")
 
 
@@ -131,7 +138,9 @@ def main() -> int:
     result = json.loads(path.read_text()) if path.exists() else {}
     if any(result.get(key) != json.loads(json.dumps(value)) for key, value in known.items()):
         result = known | {"command": " ".join(["python -m bench.listen", *sys.argv[1:]]), "first": {}, "curves": {}}
-    wanted = [(s, seed) for seed in range(options.seeds) for s in SETTINGS if options.settings in s]
+    wanted = [
+        (s, seed) for seed in range(options.seeds) for s in SETTINGS if any(part in s for part in options.settings)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         photographs = gate_power.photographs(Path(folder))
         for setting, seed in wanted:
@@ -147,7 +156,8 @@ def main() -> int:
                 seed=seed,
             )
             curves[str(seed)] = rows
-            result |= {"samples a second, at best": round(fastest(result["curves"]), 1)}
+            rates = {name: round(fastest(seeds), 1) for name, seeds in result["curves"].items()}
+            result |= {"samples a second, at best": rates}
             result["first"] = firsts(result["curves"])
             path.write_text(json.dumps(result, indent=1) + "\n")
             path.with_suffix(".html").write_text(plot(result))

@@ -110,8 +110,7 @@ def compiled(devices: int, fsdp: int, stage: str, micro_batch: int) -> dict[str,
     grid = mesh.make_mesh(-1, fsdp)
     graph = mesh.gathering(grid, graph, shapes)
     schedule = optim.learning_rate(peak=3e-4, end=1e-6, warmup=10, total=1_000)
-    options = {name: config.optim[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
-    optimizer = optim.make_optimizer(schedule, **options)
+    optimizer = optim.of_config(config.optim, schedule)
     state = jax.eval_shape(partial(update.new_state, settings, optimizer, 0))
     zeros, accumulate, change, _ = mesh.compiled(
         grid,

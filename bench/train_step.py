@@ -64,9 +64,7 @@ def ours(
     settings = trained.model_settings(config.model, WIDTHS)
     graph, shapes = model.abstract(settings)
     schedule = optim.learning_rate(peak=config.optim.peak_learning_rate, end=1e-6, warmup=10, total=1_000)
-    optimizer = optim.make_optimizer(
-        schedule, **{name: config.optim[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
-    )
+    optimizer = optim.of_config(config.optim, schedule)
     devices, size = mesh.make_mesh(), accumulation * len(batch["latent"])
     everywhere = mesh.replicated(devices)
     state = jax.jit(partial(update.new_state, settings, optimizer, 0), out_shardings=everywhere)()

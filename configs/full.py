@@ -58,6 +58,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "flip": 0.5,
             },
             "optim": {
+                "name": "adamw",  # the plan; small models learn faster by "muon" (README, "When it begins to listen")
                 "peak_learning_rate": peak,  # the plan's 3e-4; a third where a stage begins from trained weights
                 "end_learning_rate": 1e-6,  # the plan
                 "warmup_steps": placeholder(

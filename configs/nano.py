@@ -39,6 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "flip": 0.5,
             },
             "optim": {
+                "name": "adamw",
                 "peak_learning_rate": 3e-4,  # everything here as in configs/full.py: that is what is being tried
                 "end_learning_rate": 1e-6,
                 "warmup_steps": placeholder(int),  # None: 500, a tenth of the run

@@ -38,6 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "flip": 0.5,
             },
             "optim": {
+                "name": "adamw",
                 "peak_learning_rate": 2.5e-3,
                 "end_learning_rate": 1e-6,
                 "warmup_steps": 100,

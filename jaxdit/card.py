@@ -159,7 +159,7 @@ def _training(run: standing.Standing, step: int) -> list[tuple[str, str]]:
         if isinstance(origin := run.origin.get(name), Mapping):
             rows.append((words, f"another run, step {origin.get('step')}"))
     optim = run.config.get("optim") or {}
-    names = ("peak_learning_rate", "warmup_steps", "weight_decay", "ema_decay")
+    names = ("name", "peak_learning_rate", "warmup_steps", "weight_decay", "ema_decay")
     rows.append(("optimizer", ", ".join(f"{name}={optim[name]}" for name in names if name in optim) or "unknown"))
     return rows
 

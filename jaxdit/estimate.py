@@ -114,6 +114,18 @@ def hardware_flops(settings: Mapping[str, Any], latent_shape: Sequence[int], tex
     return training_flops(settings, latent_shape, text_length) + again
 
 
+def update_flops(settings: Mapping[str, Any], optimizer: str) -> float:
+    """Operations of an update's products, which Muon alone has, counted twice: they are float32, at half of bfloat16's speed.
+
+    Five turns of x <- a x + (b x x^T + c (x x^T)^2) x for each kernel of each block: for one of [m, n], the smaller first, a
+    turn is 4 m^2 n + 2 m^3.
+    """
+    if optimizer != "muon":
+        return 0.0
+    longer = (1, 2, 1, 1, 2, 1, 4, 4, 6)  # n / m: query, key and value, out, twice; the MLP's; modulation
+    return 2.0 * 5 * settings["layers"] * settings["width"] ** 3 * sum(4 * n + 2 for n in longer)
+
+
 def images_per_second(hardware: float, peak: float, utilisation: float = UTILISATION) -> float:
     """Speed of training by estimate; hardware from `hardware_flops`, peak from `peak_flops`."""
     return peak * utilisation / hardware
@@ -135,11 +147,13 @@ def memory(
     text_length: int,
     *,
     remat: str,
+    optimizer: str = "adamw",
 ) -> dict[str, int]:
     """Bytes on one device when it needs most; the sum of the parts is the whole.
 
     Two programs alternate: gradients of a micro-batch, which are added to their sum as they come, and the update, which needs
-    a copy of the parameters for its changes where the first has its activations.
+    a copy of the parameters for its changes where the first has its activations. Muon keeps one moment of the blocks' kernels
+    where AdamW keeps two, and its update needs three copies of them.
 
     Args:
       settings: of the model.
@@ -148,17 +162,20 @@ def memory(
       latent_shape: [height, width, channels].
       text_length: tokens that the text is padded to.
       remat: "none", "block" or "off".
+      optimizer: "adamw" or "muon".
     """
     copy = FLOAT32 * parameters
+    kernels = min(copy, FLOAT32 * settings["layers"] * KERNELS * settings["width"] ** 2)
+    moments, changes = (2 * copy - kernels, 3 * kernels) if optimizer == "muon" else (2 * copy, copy)
     activations = activation_bytes(settings, micro_batch, latent_shape, text_length, remat=remat)
     if settings["scan_unroll"] == settings["layers"] > 1 and remat != "off":
         activations += copy if settings["dtype"] == "float32" else copy // 2  # kernels as they are multiplied
     image = FLOAT32 * math.prod(latent_shape) + FLOAT32 * settings["vision_width"] + FLOAT32
     return {
         "parameters": copy,
-        "moments": 2 * copy,
+        "moments": moments,
         "ema": copy,
-        "gradients": copy + max(0, copy - activations),
+        "gradients": copy + max(0, changes - activations),
         "activations": activations,
         "batch": 2 * micro_batch * (image + 2 * text_length * settings["text_width"]),  # and the next one, on its way
     }
@@ -172,11 +189,12 @@ def largest_micro_batch(
     text_length: int,
     *,
     remat: str,
+    optimizer: str = "adamw",
 ) -> int:
     """The most images at a time whose `memory` is at most `budget` bytes; 0 where not even one fits."""
 
     def fits(micro_batch):
-        parts = memory(settings, parameters, micro_batch, latent_shape, text_length, remat=remat)
+        parts = memory(settings, parameters, micro_batch, latent_shape, text_length, remat=remat, optimizer=optimizer)
         return sum(parts.values()) <= budget
 
     low, high = 0, 1

@@ -54,9 +54,7 @@ def measure(config: Any, buckets: Sequence[Bucket], widths: Mapping[str, int]) -
     schedule = optim.learning_rate(
         peak=config.optim.peak_learning_rate, end=config.optim.end_learning_rate, warmup=1, total=UPDATES
     )
-    optimizer = optim.make_optimizer(
-        schedule, **{name: config.optim[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
-    )
+    optimizer = optim.of_config(config.optim, schedule)
     seed, decay, batch_size = config.train.seed, config.optim.ema_decay, config.train.batch_size
     # The functions of the training loop, jitted as there.
     functions = (

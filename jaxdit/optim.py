@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with clipping, warm-up and cosine, decay on kernels only; and the average of the weights (EMA).
+"""The optimizer: AdamW or Muon with clipping, warm-up and cosine, decay on kernels only; and the average of the weights (EMA).
 
 Everything here counts applied updates, never attempted ones: a voided update moves neither the schedule nor the EMA.
 """
@@ -10,6 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
+
+MOMENTUM = 0.95  # Muon's (Jordan et al. 2024; as torch.optim.Muon)
 
 
 def warmup_updates(warmup_steps: int | None, total_steps: int) -> int:
@@ -46,10 +49,23 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
+def of_config(config: Any, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """`make_optimizer` by the section optim of a configuration."""
+    names = ("name", "b1", "b2", "eps", "weight_decay", "clip_norm")
+    return make_optimizer(schedule, **{name: config[name] for name in names})
+
+
 def make_optimizer(
-    schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
+    schedule: optax.Schedule,
+    *,
+    name: str = "adamw",
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip by the global norm, then AdamW (Loshchilov and Hutter 2019).
+    """Clip by the global norm, then AdamW (Loshchilov and Hutter 2019), or Muon for the blocks' kernels and AdamW for the rest.
 
     `update` takes one argument more, moves: where it is False the changes are zero and the state stays what it was, bit for bit,
     because moments decay by 1 and take in 0. To choose between old and new moments afterwards would keep both: 1.5 times the
@@ -57,21 +73,50 @@ def make_optimizer(
     factor, in the pass that reads them for AdamW: optax.clip_by_global_norm writes a copy of them (0.09 for 0.12 s on two cores).
     """
 
-    def adamw(b1, b2, moves=True):
+    def chosen(b1, b2, momentum, moves=True):
         def clip(gradients, _):
             factor = clip_norm / jnp.maximum(optax.global_norm(gradients), clip_norm)
             return _or_zero(moves, jax.tree.map(lambda leaf: leaf * factor, gradients))
 
-        decayed = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
-        return optax.chain(optax.stateless(clip), decayed)
+        scaled = optax.scale_by_adam(b1, b2, eps)
+        if name == "muon":
+            scaled = optax.partition({"muon": _muon(momentum), "adamw": scaled}, _names)
+        decayed = optax.add_decayed_weights(weight_decay, decay_mask)
+        return optax.chain(optax.stateless(clip), optax.chain(scaled, decayed, optax.scale_by_learning_rate(schedule)))
 
     def update(gradients, state, params, *, moves=True):
-        chosen = adamw(*(jnp.where(moves, beta, 1.0) for beta in (b1, b2)), moves)
-        changes, new = chosen.update(gradients, state, params)
+        held = chosen(*(jnp.where(moves, beta, 1.0) for beta in (b1, b2, MOMENTUM)), moves)
+        changes, new = held.update(gradients, state, params)
         counts_held = jax.tree.map(lambda leaf, old: leaf if leaf.ndim else jnp.where(moves, leaf, old), new, state)
         return _or_zero(moves, changes), counts_held
 
-    return optax.GradientTransformationExtraArgs(adamw(b1, b2).init, update)
+    return optax.GradientTransformationExtraArgs(chosen(b1, b2, MOMENTUM).init, update)
+
+
+def _muon(momentum):
+    """Muon (Jordan et al. 2024) for kernels [layers, in, out]: each layer's momentum with its singular values near 1.
+
+    Times 0.2 sqrt(max(in, out)), which makes its changes as large as AdamW's (Liu et al. 2025, "Muon is Scalable for LLM
+    Training", sec. 2.2): learning rate and decay stay what they are.
+    """
+
+    def each(kernels):
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), kernels)
+
+    def as_large(kernels, _):
+        return jax.tree.map(lambda leaf: 0.2 * max(leaf.shape[1:]) ** 0.5 * leaf, kernels)
+
+    orthogonal = optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=each)
+    return optax.chain(orthogonal, optax.stateless(as_large))
+
+
+def _names(params: Any) -> Any:
+    """ "muon" for the kernels of the blocks; what lies outside them is first or last on its way, which is left to AdamW."""
+
+    def one(path, _):
+        return "muon" if path[0].key == "blocks" and path[-1].key == "kernel" else "adamw"
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _or_zero(wanted, tree):

@@ -86,7 +86,7 @@ def read_stages(config: Any, name: str, resolution: int | None) -> list[Stage]:
     for stage in stages if argument in stages else ():
         if stage != argument:
             other = _module(file).get_config(stage)
-            other.model = config.model
+            other.model, other.optim.name = config.model, config.optim.name
             found.append(_scaled(given, other, f"{file}:{stage}", int(stage)))
     return sorted(found, key=lambda stage: stage.resolution)
 
@@ -193,8 +193,8 @@ def _buckets(given, settings, count, device, measured) -> list[str]:
     for bucket in given.buckets:
         flops = estimate.training_flops(settings, bucket.latent, bucket.text)
         found = measured.get(bucket.name)
-        rate = found.rate or None if found else _rate(settings, bucket, device)
-        most = [_largest(settings, count, device, bucket, remat) for remat in choices]
+        rate = found.rate or None if found else _rate(given.config, settings, bucket, device)
+        most = [_largest(given.config, settings, count, device, bucket, remat) for remat in choices]
         row = [bucket.name, f"{bucket.images:,}", f"{estimate.tokens(settings, bucket.latent):,}", f"{bucket.text:,}"]
         row += [f"{flops / 1e12:.3g}", *_speed(rate, pictures), *map(str, most)]
         if found:
@@ -217,13 +217,12 @@ def _memory(given, settings, count, device, measured) -> list[str]:
     largest = max(given.buckets, key=lambda bucket: math.prod(bucket.latent))
     train, rows, most, header = given.config.train, [], [], []
     for remat in estimate.choices(settings):
-        parts = estimate.memory(
-            settings, count, train.micro_batch // device.count, largest.latent, largest.text, remat=remat
-        )
+        each, how = train.micro_batch // device.count, {"remat": remat, "optimizer": given.config.optim.name}
+        parts = estimate.memory(settings, count, each, largest.latent, largest.text, **how)
         header = ["remat", *parts, "total", ""]
         mine = ", as configured" if remat == settings["remat"] else ""
         rows.append([remat, *map(_gigabytes, parts.values()), *_verdict(sum(parts.values()), device, mine)])
-        fits = min(_largest(settings, count, device, bucket, remat) for bucket in given.buckets)
+        fits = min(_largest(given.config, settings, count, device, bucket, remat) for bucket in given.buckets)
         most.append(max((n for n in range(1, fits + 1) if train.batch_size % n == 0), default=0))
     if largest.name in measured and measured[largest.name].memory:
         blank = [""] * (len(header) - 3)
@@ -244,8 +243,9 @@ def _verdict(total: int, device: Device, more: str) -> list[str]:
     return [_gigabytes(total), ("fits" if total <= device.memory else "does not fit") + more]
 
 
-def _largest(settings, count, device, bucket, remat) -> int:
-    each = estimate.largest_micro_batch(settings, count, device.memory, bucket.latent, bucket.text, remat=remat)
+def _largest(config, settings, count, device, bucket, remat) -> int:
+    how = {"remat": remat, "optimizer": config.optim.name}
+    each = estimate.largest_micro_batch(settings, count, device.memory, bucket.latent, bucket.text, **how)
     return each * device.count  # a micro-batch is divided over the devices
 
 
@@ -257,9 +257,9 @@ def _stages(stages, given, settings, device, watts, measured) -> list[str]:
         config, pictures = stage.config, sum(bucket.images for bucket in stage.buckets)
         samples, seconds = config.train.total_steps * config.train.batch_size, 0.0
         for bucket in stage.buckets:
-            hardware = _hardware(settings, bucket)
+            hardware = _hardware(config, settings, bucket)
             found = measured.get(bucket.name) if stage is given else None
-            reached = share / hardware if share else _rate(settings, bucket, device)
+            reached = share / hardware if share else _rate(config, settings, bucket, device)
             rate = found.rate if found and found.rate else reached
             seconds += bucket.images / pictures / rate if rate else math.nan
         days = samples * seconds / 86_400
@@ -283,19 +283,20 @@ def _span(seconds: float, days: float, watts: float) -> list[str]:
     return ["" if math.isnan(seconds) else f"{1 / seconds:.3g}", f"{days:.3g}", f"{days * 24 * watts / 1000:,.3g}"]
 
 
-def _hardware(settings, bucket) -> float:
-    return estimate.hardware_flops(settings, bucket.latent, bucket.text, remat=settings["remat"])
+def _hardware(config, settings, bucket) -> float:
+    update = estimate.update_flops(settings, config.optim.name) / config.train.batch_size
+    return estimate.hardware_flops(settings, bucket.latent, bucket.text, remat=settings["remat"]) + update
 
 
-def _rate(settings, bucket, device) -> float | None:
-    return estimate.images_per_second(_hardware(settings, bucket), device.peak) if device.peak else None
+def _rate(config, settings, bucket, device) -> float | None:
+    return estimate.images_per_second(_hardware(config, settings, bucket), device.peak) if device.peak else None
 
 
 def _measured_share(given, settings, measured) -> float | None:
     """Operations a second that the measured buckets reached together; other shapes are taken to reach the same."""
     good = [bucket for bucket in given.buckets if bucket.name in measured and measured[bucket.name].rate]
     seconds = sum(bucket.images / measured[bucket.name].rate for bucket in good)
-    return sum(bucket.images * _hardware(settings, bucket) for bucket in good) / seconds if good else None
+    return sum(bucket.images * _hardware(given.config, settings, bucket) for bucket in good) / seconds if good else None
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -171,7 +171,8 @@ def worst(config, dataset, settings, shapes) -> dict[str, int]:
     micro_batch = config.train.micro_batch // jax.device_count()
     fsdp = config.mesh.fsdp if config.mesh.fsdp > 0 else jax.device_count() // config.mesh.data
     parameters = -(-model.count_parameters(shapes) // fsdp)
-    return estimate.memory(settings, parameters, micro_batch, shape, tokens, remat=settings["remat"])
+    how = {"remat": settings["remat"], "optimizer": config.optim.name}
+    return estimate.memory(settings, parameters, micro_batch, shape, tokens, **how)
 
 
 def device_memory() -> int:

@@ -116,9 +116,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
         warmup=optim.warmup_updates(config.optim.warmup_steps, config.train.total_steps),
         total=config.train.total_steps,
     )
-    optimizer = optim.make_optimizer(
-        schedule, **{name: config.optim[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
-    )
+    optimizer = optim.of_config(config.optim, schedule)
 
     # What is compiled: one `accumulate` a bucket and length of text, one `judge` a bucket, one `change`.
     options, seed, whole = dict(config.flow), config.train.seed, mesh.gathering(devices, graph, shapes)

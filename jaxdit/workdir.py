@@ -14,7 +14,7 @@ from typing import Any
 from encode.records import InputError, write_json
 
 FIXED = (
-    *("model.layers", "model.width", "model.heads", "model.patch", "model.dtype", "flow"),
+    *("model.layers", "model.width", "model.heads", "model.patch", "model.dtype", "flow", "optim.name"),
     *("train.seed", "train.batch_size", "train.micro_batch"),
     *("train.init_from", "train.init_weights", "train.restore"),
     *("data.holdout_fraction", "data.text_lengths", "data.normalize_vision"),
@@ -106,6 +106,7 @@ def check(config: Any, devices: int) -> None:
             f"train.init_from={c.train.init_from} and train.restore={c.train.restore}: a run starts from one of them.",
         ),
         (c.sample.previews >= 0, f"sample.previews={c.sample.previews} must not be below 0."),
+        (c.optim.name in ("adamw", "muon"), f"optim.name={c.optim.name}: choose adamw or muon."),
         (0 <= c.optim.ema_decay < 1, f"optim.ema_decay={c.optim.ema_decay} must lie in [0, 1)."),
         (
             0 <= c.optim.end_learning_rate <= c.optim.peak_learning_rate,
@@ -162,7 +163,7 @@ def claim(
             )
         if start and "restore" in start:  # a new folder, but the run that another one began
             other = Path(start["restore"]["workdir"])
-            before = json.loads((other / "config.json").read_text())
+            before = _begun_with(other / "config.json")
             for name in STARTS:
                 before["train"][name] = now["train"][name]
             differences = changed_fields(before, now)
@@ -175,7 +176,7 @@ def claim(
         write_json(path, now)
         return dataset
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _begun_with(path)
     except ValueError as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); restore it, or name a new --workdir.") from error
     now["train"]["gate"] = before["train"]["gate"]  # looked at when the folder was begun, and never again
@@ -189,6 +190,13 @@ def claim(
     if dataset != copy:
         write_json(workdir / "dataset.json", dataset)
     return dataset
+
+
+def _begun_with(path: Path) -> dict[str, Any]:
+    """A config.json; one from before there was a choice of optimizers had AdamW."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["optim"].setdefault("name", "adamw")
+    return config
 
 
 def _record(workdir: Path, differences: list[tuple[str, Any, Any]]) -> None:

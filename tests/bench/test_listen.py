@@ -17,17 +17,19 @@ def test_a_check_passes_from_the_look_after_its_last_failure():
     assert listen.first_passes(rows[3:], "averaged", 80.0)["vision_light"] == {"samples": 3200, "seconds": 40.0}
 
 
-def test_seconds_are_those_of_the_fastest_stretch_of_all_trainings():
+def test_seconds_are_those_of_the_fastest_stretch_of_a_settings_trainings():
     slow = [row(100, 0.9, 0.4) | {"seconds": 50.0}, row(200, 0.9, 0.4) | {"seconds": 150.0}]
     quick = [row(100, 0.2, 0.4) | {"seconds": 10.0}, row(200, 0.9, 0.4) | {"seconds": 30.0}]
-    curves = {"shift 1": {"0": slow}, "shift 3": {"0": quick}}
-    assert listen.fastest(curves) == 40.0
-    for rows in (slow, quick):
+    other = [row(100, 0.9, 0.4) | {"seconds": 90.0}, row(200, 0.9, 0.4) | {"seconds": 100.0}]  # costs something else
+    curves = {"shift 1": {"0": slow, "1": quick}, "muon": {"0": other}}
+    assert listen.fastest(curves["shift 1"]) == 40.0
+    for rows in (slow, quick, other):
         for one in rows:
             one |= {"raw": one["averaged"], "guided": one["averaged"]}
     found = listen.firsts(curves)
     assert found["shift 1"]["0"]["averaged"]["vision_light"] == {"samples": 800, "seconds": 20.0}
-    assert found["shift 3"]["0"]["raw"]["vision_light"] == {"samples": 1600, "seconds": 40.0}
+    assert found["shift 1"]["1"]["raw"]["vision_light"] == {"samples": 1600, "seconds": 40.0}
+    assert found["muon"]["0"]["raw"]["vision_light"] == {"samples": 800, "seconds": 10.0}
 
 
 def test_the_plot_has_a_line_a_setting():

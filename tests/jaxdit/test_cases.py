@@ -650,8 +650,9 @@ def test_gradients_of_unequal_buckets_are_the_mean_over_all_samples():
         for j in range(4):
             one = {name: value[j : j + 1] for name, value in part.items()}
             single = accumulate(params, single, one, jnp.array([5, 4 * k + j]))
-    for ours, theirs in zip(*(jax.tree.leaves(total["gradients"]) for total in (whole, single)), strict=True):
+    for ours, theirs in zip(*map(jax.tree.leaves, (whole, single)), strict=True):  # gradients, losses, counts
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(jnp.abs(theirs).max()) + 1e-7)
+    assert whole["count_by_t"].sum() == 16
     state = update.state_of(optimizer, params)
     (_, ours), (_, theirs) = (apply(state, total) for total in (whole, single))
     for name in ("loss", "grad_norm", "velocity_rms", "loss_t"):
@@ -953,6 +954,7 @@ def test_tuples_flag_files_and_repeated_flags(tmp_path):
         ({"optim.clip_norm": float("nan")}, r"optim\.clip_norm=nan"),
         ({"optim.end_learning_rate": 1.0}, r"optim\.end_learning_rate=1\.0 .* optim\.peak_learning_rate=0\.0025"),
         ({"optim.weight_decay": -1.0}, r"optim\.weight_decay=-1\.0"),
+        ({"optim.name": "sgd"}, r"optim\.name=sgd: choose adamw or muon"),
         ({"optim.b1": 1.0}, r"optim\.b1=1\.0"),
         ({"optim.b2": 1.5}, r"optim\.b2=1\.5"),
         ({"optim.warmup_steps": -3}, r"optim\.warmup_steps=-3"),

@@ -135,17 +135,23 @@ def test_memory_is_near_that_of_the_compiled_program(remat, layers, width, count
     assert compiled.temp_size_in_bytes == pytest.approx(by_hand, rel=0.15)
 
 
-def test_memory_of_the_update_is_near_that_of_the_compiled_program():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_memory_and_operations_of_the_update_are_near_those_of_the_compiled_program(name):
     schedule = optim.learning_rate(peak=1e-3, end=1e-5, warmup=1, total=100)
-    optimizer = optim.make_optimizer(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.03, clip_norm=1.0)
+    optimizer = optim.make_optimizer(schedule, name=name, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.03, clip_norm=1.0)
     state = jax.eval_shape(partial(update.new_state, SETTINGS, optimizer, 0))
     total = jax.eval_shape(partial(update.new_total, state["params"]))
     change = jax.jit(partial(update.apply_update, optimizer, schedule, 0.999, 8), donate_argnums=0)
-    sizes = change.lower(state, total).compile().memory_analysis()
+    compiled = change.lower(state, total).compile()
+    sizes = compiled.memory_analysis()
     parameters = model.count_parameters(state["params"])
-    parts = estimate.memory(SETTINGS, parameters, 1, (2, 2, 16), 1, remat="block")  # hardly an activation
+    parts = estimate.memory(
+        SETTINGS, parameters, 1, (2, 2, 16), 1, remat="block", optimizer=name
+    )  # hardly an activation
     without_batch = sum(parts.values()) - parts["batch"]
     assert sizes.argument_size_in_bytes + sizes.temp_size_in_bytes == pytest.approx(without_batch, rel=0.1)
+    products = product_flops(jax.make_jaxpr(change)(state, total).jaxpr)
+    assert estimate.update_flops(SETTINGS, name) == pytest.approx(2 * products, rel=1e-6)  # counted twice, for float32
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():

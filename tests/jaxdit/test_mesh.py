@@ -79,7 +79,39 @@ def main():
             numbers = jax.device_put(random.integers(2**32, size=(ROWS, 2), dtype=np.uint32), rows)
             judged, _ = judge(state["params"], batch, numbers, jax.device_put(np.zeros(3, np.float32), everywhere))
             found["judged"] = np.asarray(judged).tolist()
+        if count <= 2:
+            found["muon"] = moved_by_muon(devices, settings, shapes, whole)
         print(json.dumps(found))
+
+
+def moved_by_muon(devices, settings, shapes, whole):
+    """By how much an update by Muon moves each parameter: its products want whole kernels, wherever their rows lie."""
+    optimizer = optim.make_optimizer(
+        lambda _: 1e-2, name="muon", b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.03, clip_norm=1.0
+    )
+    fresh = partial(update.new_state, settings, optimizer, 0)
+    start = jax.tree.map(np.asarray, jax.jit(fresh)())
+    zeros, _, change, _ = mesh.compiled(
+        devices,
+        start,
+        new_total=update.new_total,
+        accumulate=partial(update.accumulate_gradients, whole, {}, 0),
+        change=partial(update.apply_update, optimizer, lambda _: 1e-2, 0.999, ROWS),
+        judge=partial(heldout.losses, whole, {}),
+    )
+    random = np.random.default_rng(1)
+    gradients = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), shapes)
+    state = jax.device_put(start, mesh.shardings(devices, start))
+    total = zeros(state["params"])
+
+    def laid(gradient, sums):
+        parts = np.broadcast_to(gradient / (sums.shape[0] if devices.size > 1 else 1), sums.shape)
+        return jax.device_put(parts, sums.sharding)
+
+    total["gradients"] = jax.tree.map(laid, gradients, total["gradients"])
+    state, _ = change(state, total)
+    moved = jax.tree.map(lambda new, old: np.asarray(new) - old, state["params"], start["params"])
+    return {name: leaf.ravel()[:: max(leaf.size // 50, 1)].tolist() for name, leaf in named(moved)}
 
 
 def named(tree):
@@ -120,6 +152,14 @@ def test_losses_and_gradients_are_the_same_on_every_mesh(found):
         np.testing.assert_allclose(row["losses"], one["losses"], rtol=1e-5)
         np.testing.assert_allclose(row.get("judged", one["judged"]), one["judged"], rtol=1e-5)
     assert len({loss for loss, _ in one["losses"]}) == STEPS
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (2, 2, 1)])
+def test_muon_moves_whole_kernels_on_every_mesh(found, sizes):
+    ours, one = found[sizes]["muon"], found[1, 1, 1]["muon"]
+    assert ours.keys() == one.keys() and max(map(max, one.values())) > 1e-3
+    for name, moved in ours.items():
+        np.testing.assert_allclose(moved, one[name], atol=2e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (4, 2, 2), (8, 1, 8)])

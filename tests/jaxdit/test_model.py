@@ -355,34 +355,6 @@ def test_an_update_with_separate_layers_is_that_with_stacked_ones(remat, dtype):
         np.testing.assert_allclose(other, one, rtol=close, atol=close * float(jnp.abs(one).max()) + 1e-6)
 
 
-def test_micro_batches_of_unequal_buckets_give_the_mean_over_all_samples():
-    """4 x 4 samples from two buckets against the sixteen samples one by one, each with the key of its place."""
-    graph, params = trained_like()
-    options = {"mean": 0.0, "std": 1.0, "shift": 1.0, "drop_both": 0.1, "drop_text": 0.1, "drop_vision": 0.1}
-    _, _, conditions, _, _ = inputs(batch=16)
-    shapes = [(8, 8), (8, 8), (4, 12), (8, 8)]  # twelve samples of one bucket, four of another
-    parts = []
-    for number, shape in enumerate(shapes):
-        own = {name: value[4 * number : 4 * number + 4] for name, value in conditions.items()}
-        parts.append(own | {"latent": jax.random.normal(jax.random.key(number), (4, *shape, inputs()[0].shape[-1]))})
-    accumulate = jax.jit(partial(update.accumulate_gradients, graph, options, 0))
-    together, single = update.new_total(params), update.new_total(params)
-    for number, part in enumerate(parts):
-        together = accumulate(params, together, part, jnp.array([5, 4 * number]))
-        for k in range(4):
-            one = {name: value[k : k + 1] for name, value in part.items()}
-            single = accumulate(params, single, one, jnp.array([5, 4 * number + k]))
-    for ours, theirs in zip(jax.tree.leaves(together), jax.tree.leaves(single), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(jnp.abs(ours).max()) + 1e-6)
-    assert float(together["count_by_t"].sum()) == 16
-    optimizer = optim.make_optimizer(lambda _: 1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
-    _, row = update.apply_update(
-        optimizer, lambda _: 1e-3, 0.9999, 16, update.state_of(optimizer, params), together
-    )  # fmt: skip
-    squares = sum(float(jnp.square(leaf / 16).sum()) for leaf in jax.tree.leaves(single["gradients"]))
-    assert float(row["grad_norm"]) == pytest.approx(squares**0.5, rel=1e-5)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("leading", [(3,), (3, 5)])
 @pytest.mark.parametrize("outputs", [3, 6])  # narrower and wider than the input

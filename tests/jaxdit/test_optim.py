@@ -70,3 +70,87 @@ def test_ema_ramp_forgets_the_start_and_keeps_float32():
     for _ in range(1000):
         ema = optim.update_ema(ema, {"w": jnp.float32(1.01)}, 0.9999)
     np.testing.assert_allclose(ema["w"], 1.00095, atol=1e-5)
+
+
+MUON = {"name": "muon", "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.03, "clip_norm": 1.0}
+
+
+def stacks():
+    """Parameters with kernels inside and outside of the blocks, and gradients of them."""
+    rng = np.random.default_rng(0)
+
+    def draw():
+        kernels = [rng.standard_normal(shape).astype(np.float32) for shape in ((3, 16, 48), (3, 32, 16))]
+        return {
+            "blocks": {
+                "wide": {"kernel": kernels[0], "bias": rng.standard_normal((3, 48)).astype(np.float32)},
+                "tall": {"kernel": kernels[1]},
+            },
+            "patch_out": {"kernel": rng.standard_normal((16, 4)).astype(np.float32)},
+        }
+
+    return draw(), [draw() for _ in range(30)]
+
+
+def test_muon_agrees_with_pytorchs_on_each_layers_kernels():
+    """PyTorch's takes its products in bfloat16 and corrects no bias, so the first updates differ by some percent."""
+    ours, gradients = stacks()
+    optimizer = optim.make_optimizer(lambda _: 1e-2, **MUON | {"clip_norm": 1e9})
+    state = optimizer.init(ours)
+    parameters = {
+        name: [torch.nn.Parameter(torch.tensor(layer)) for layer in ours["blocks"][name]["kernel"]]
+        for name in ("wide", "tall")
+    }
+    theirs = torch.optim.Muon(
+        [*parameters["wide"], *parameters["tall"]],
+        lr=1e-2,
+        weight_decay=0.03,
+        momentum=0.95,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    for number, gradient in enumerate(gradients):
+        before = {name: [layer.detach().clone() for layer in layers] for name, layers in parameters.items()}
+        for name, layers in parameters.items():
+            for layer, values in zip(layers, gradient["blocks"][name]["kernel"]):
+                layer.grad = torch.tensor(values)
+        theirs.step()
+        changes, state = optimizer.update(gradient, state, ours)
+        for name, layers in parameters.items():
+            moved = np.stack([(after.detach() - start).numpy() for after, start in zip(layers, before[name])])
+            error = np.linalg.norm(changes["blocks"][name]["kernel"] - moved) / np.linalg.norm(moved)
+            assert error < (0.15 if number < 10 else 0.05), (name, number, error)
+        ours = jax.tree.map(np.add, ours, changes)
+
+
+def test_muon_leaves_what_is_no_kernel_of_a_block_to_adamw():
+    params, gradients = stacks()
+    changes = {}
+    for name in ("adamw", "muon"):
+        optimizer = optim.make_optimizer(lambda _: 1e-2, **MUON | {"name": name})
+        state = optimizer.init(params)
+        for gradient in gradients[:3]:
+            changes[name], state = optimizer.update(gradient, state, params)
+    one, other = changes["adamw"], changes["muon"]
+    np.testing.assert_array_equal(one["patch_out"]["kernel"], other["patch_out"]["kernel"])
+    np.testing.assert_array_equal(one["blocks"]["wide"]["bias"], other["blocks"]["wide"]["bias"])
+    for kernel in ("wide", "tall"):
+        size = np.sqrt(np.mean(np.square(other["blocks"][kernel]["kernel"])))
+        assert abs(size - 0.2e-2) < 0.1 * 0.2e-2  # 0.2 of the learning rate, as AdamW's changes have in training
+        assert not np.allclose(one["blocks"][kernel]["kernel"], other["blocks"][kernel]["kernel"], rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_voided_update_moves_no_bit_and_no_count(name):
+    params, gradients = stacks()
+    optimizer = optim.make_optimizer(
+        optim.learning_rate(peak=1e-2, end=0.0, warmup=2, total=9), **MUON | {"name": name}
+    )
+    _, state = optimizer.update(gradients[0], optimizer.init(params), params)
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), params)
+    changes, after = jax.jit(optimizer.update)(broken, state, params, moves=False)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(changes))
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(old, new)
+    following = [optimizer.update(gradients[1], kept, params) for kept in (state, after)]
+    for one, other in zip(*map(jax.tree.leaves, following), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -135,6 +135,24 @@ def test_days_and_energy_follow_from_the_operations():
     assert " ".join(memory["none"]).endswith("does not fit, as configured")
 
 
+def test_muon_keeps_one_moment_less_and_its_products_take_their_time():
+    found = {}
+    for name in ("adamw", "muon"):
+        config = full.get_config("256")
+        config.optim.name = name
+        stages = plan.read_stages(config, f"{FULL}:256", None)
+        assert all(stage.config.optim.name == name for stage in stages)
+        device = plan.look_at("RTX 4090", 24, config, False)
+        text = plan.screen(stages, stages[0], device, 400.0, {})
+        memory, days = rows_of(text, "Memory"), rows_of(text, "Stages")
+        moments, total = (float(memory["none"][column]) for column in (2, 7))
+        found[name] = moments, total, [float(days[f"{FULL}:{size}"][5]) for size in (256, 512, 1024)]
+    (twice, most, days), (once, less, slower) = found["adamw"], found["muon"]
+    assert once == pytest.approx(twice / 2, rel=0.03) and most - less == pytest.approx(twice - once, abs=0.02)
+    shares = [slow / day - 1 for slow, day in zip(slower, days)]
+    assert 0.1 < shares[0] < 0.25 and shares[0] > 3 * shares[1] > 9 * shares[2] > 0
+
+
 def test_without_a_peak_there_is_memory_but_no_time():
     text = plan.plan(nano.get_config(), "configs/nano.py", device="cpu", memory_gb=16)
     assert "peak not known" in text and "14.4 GB" in text

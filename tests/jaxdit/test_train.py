@@ -70,6 +70,35 @@ def test_twenty_steps_and_twenty_more_are_forty(path, tmp_path, monkeypatch):
     assert ours == theirs and [row["step"] for row in ours] == list(range(1, 41))
 
 
+def test_a_run_by_muon_goes_on_where_it_stopped_and_keeps_its_optimizer(path, tmp_path, monkeypatch):
+    options = {"optim.name": "muon", "train.total_steps": 10, "optim.warmup_steps": 1}
+    assert train.train(tiny(path, **options), tmp_path / "whole") == "done"
+    assert train.train(tiny(path, **options | {"optim.name": "adamw"}), tmp_path / "adamw") == "done"
+    losses = [[row["loss"] for row in metrics.read(tmp_path / run)] for run in ("whole", "adamw")]
+    assert losses[0][0] == losses[1][0] and losses[0][-1] != losses[1][-1]
+
+    def stop_at_three(self, values):
+        tell(self, values)
+        if values["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    tell = train.Teller.tell
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Teller, "tell", stop_at_three)
+        assert train.train(tiny(path, **options), tmp_path / "halves") == "stopped"
+    assert train.train(tiny(path, **options), tmp_path / "halves") == "done"
+    assert_same(whole_state(tmp_path / "halves", 10), whole_state(tmp_path / "whole", 10))
+    with pytest.raises(InputError, match=r"begun with optim\.name=muon, now it is adamw; it is fixed"):
+        train.train(tiny(path, **options | {"optim.name": "adamw"}), tmp_path / "whole")
+    file = tmp_path / "adamw" / "config.json"  # as it was written before there was a choice
+    before = json.loads(file.read_text())
+    del before["optim"]["name"]
+    file.write_text(json.dumps(before))
+    with pytest.raises(InputError, match=r"begun with optim\.name=adamw, now it is muon"):
+        train.train(tiny(path, **options), tmp_path / "adamw")
+    assert train.train(tiny(path, **options | {"optim.name": "adamw"}), tmp_path / "adamw") == "done"
+
+
 def test_an_evaluation_that_a_stop_met_is_made_up_for(path, tmp_path, monkeypatch):
     options = {"data.holdout_fraction": 0.3, "train.eval_every": 4, "train.eval_images": 4}
 
