@@ -1,0 +1,37 @@
+import json
+from types import SimpleNamespace
+
+import make_data
+
+from bench import gate_power, optimizers
+
+
+def test_a_training_is_judged_on_held_out_images_and_made_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXDIT_BENCH_RESULTS", str(tmp_path))
+    monkeypatch.setattr(optimizers, "BATCH", 4)
+    monkeypatch.setattr(optimizers, "EVERY", 2)
+    monkeypatch.setattr(gate_power, "SIZE", {"layers": 1, "width": 32, "heads": 2})
+    configured = gate_power.configured
+
+    def quick(*arguments, **named):
+        config = configured(*arguments, **named)
+        config.train.log_every = 1
+        return config
+
+    monkeypatch.setattr(gate_power, "configured", quick)
+    make_data.dataset(tmp_path / "64", {"64x64": 40})
+    monkeypatch.setattr(gate_power, "photographs", lambda folder, count: tmp_path / "64")
+    given = SimpleNamespace(names=["muon"], rates=["1e-2"], steps=10)
+    monkeypatch.setattr(optimizers, "flags", SimpleNamespace(FLAGS=given))
+    assert optimizers.main() == 0
+    (file,) = tmp_path.glob("optimizers-*.json")
+    (row,) = json.loads(file.read_text())["trainings"]
+    assert row["optimizer"] == "muon" and row["images a second, at best"] > 0
+    assert list(row["held-out loss"]) == ["2", "4", "6", "8", "10"]
+    assert row["held-out loss"]["10"] < row["held-out loss"]["2"]
+    given.names = ["muon", "adamw"]
+    monkeypatch.setattr(
+        optimizers, "trained", lambda path, folder, name, rate, steps: {"optimizer": name, "rate": rate}
+    )
+    assert optimizers.main() == 0
+    assert json.loads(file.read_text())["trainings"] == [row, {"optimizer": "adamw", "rate": 0.01}]
