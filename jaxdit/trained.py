@@ -23,6 +23,16 @@ DESCRIPTIONS = {
     "dataset.json": ("buckets", "encoders", "fingerprint", "latent_mean", "latent_std", "text_longest", "widths"),
 }
 
+NUMBER = (int, float)
+# What of config.json is read of a model, and how it is written there.
+KINDS = {
+    "model": {
+        **dict.fromkeys(("layers", "width", "heads", "patch", "scan_unroll"), int),
+        **dict.fromkeys(("dtype", "remat"), str),
+    },
+    "sample": {"steps": int, **dict.fromkeys(("text_guidance", "vision_guidance", "shift"), NUMBER)},
+}
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -58,6 +68,15 @@ def describe(workdir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for found, (name, parts) in zip((config, dataset), DESCRIPTIONS.items()):
         if missing := [part for part in parts if part not in found]:
             raise InputError(f"{workdir / name}: {missing[0]!r} is missing, so no training run wrote it like this.")
+    for section, kinds in KINDS.items():
+        for name, kind in kinds.items():
+            value = config[section].get(name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise InputError(
+                    f"{workdir / 'config.json'}: {section}.{name} is {json.dumps(value)}, where a training run writes a "
+                    f"{'word' if kind is str else 'whole number' if kind is int else 'number'}; put back what the run "
+                    "began with."
+                )
     return config, dataset
 
 

@@ -238,6 +238,10 @@ def rewrite(path, change):
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
+def spoilt(config, section, name, value):
+    return config | {section: config[section] | {name: value}}
+
+
 def remove(run, name):
     for path in run.glob(name):
         shutil.rmtree(path)
@@ -252,6 +256,15 @@ def remove(run, name):
         (lambda run: (run / "config.json").unlink(), [], "config.json is missing, so this is not a working folder"),
         (lambda run: (run / "dataset.json").write_text('{"a'), [], "cannot be read as JSON"),
         (lambda run: rewrite(run / "config.json", lambda old: {}), [], "config.json: 'data' is missing"),
+        *(
+            (lambda run, new=new: rewrite(run / "config.json", lambda old: spoilt(old, *new)), [], words)
+            for new, words in (
+                (("model", "layers", "1"), r'config\.json: model\.layers is "1", .* writes a whole number'),
+                (("model", "width", None), r"config\.json: model\.width is null"),
+                (("model", "remat", True), r"config\.json: model\.remat is true, .* a word; put back"),
+                (("sample", "shift", "3"), r'config\.json: sample\.shift is "3", .* writes a number'),
+            )
+        ),
         (
             lambda run: rewrite(run / "config.json", lambda old: old | {"model": old["model"] | {"layers": 2}}),
             [],
