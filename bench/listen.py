@@ -47,7 +47,8 @@ def listen(
     """Train one model, and look at each of its checkpoints: [{step, samples, seconds, averaged, raw, guided}]."""
     config = gate_power.configured(path, steps=steps, seed=seed)
     config.update_from_flattened_dict(setting)
-    config.checkpoint.update(every=every, keep=steps // every + 1, minutes=1e6)  # at the looks alone, however slow it is
+    # At the looks alone, however slow it is.
+    config.checkpoint.update(every=every, keep=steps // every + 1, minutes=1e6)
     train.train(config, workdir)
     dataset = data.Dataset(path)
     vae, vision = (
