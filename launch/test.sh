@@ -18,4 +18,4 @@ if [ -n "$all" ]; then
   arguments=(-m "" ${arguments[@]+"${arguments[@]}"})
 fi
 # worksteal: neighbours stay in one process, so that what a file of tests prepares is prepared once.
-$python -m pytest -n 3 --dist=worksteal --durations=15 ${arguments[@]+"${arguments[@]}"}
+$python -m pytest -n 2 --dist=worksteal --durations=15 ${arguments[@]+"${arguments[@]}"}

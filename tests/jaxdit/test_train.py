@@ -70,12 +70,9 @@ def test_twenty_steps_and_twenty_more_are_forty(path, tmp_path, monkeypatch):
     assert ours == theirs and [row["step"] for row in ours] == list(range(1, 41))
 
 
-def test_a_run_by_muon_goes_on_where_it_stopped_and_keeps_its_optimizer(path, tmp_path, monkeypatch):
+def test_a_run_by_muon_goes_on_where_it_stopped_and_keeps_its_optimizer(path, undisturbed, tmp_path, monkeypatch):
     options = {"optim.name": "muon", "train.total_steps": 10, "optim.warmup_steps": 1}
     assert train.train(tiny(path, **options), tmp_path / "whole") == "done"
-    assert train.train(tiny(path, **options | {"optim.name": "adamw"}), tmp_path / "adamw") == "done"
-    losses = [[row["loss"] for row in metrics.read(tmp_path / run)] for run in ("whole", "adamw")]
-    assert losses[0][0] == losses[1][0] and losses[0][-1] != losses[1][-1]
 
     def stop_at_three(self, values):
         tell(self, values)
@@ -90,13 +87,14 @@ def test_a_run_by_muon_goes_on_where_it_stopped_and_keeps_its_optimizer(path, tm
     assert_same(whole_state(tmp_path / "halves", 10), whole_state(tmp_path / "whole", 10))
     with pytest.raises(InputError, match=r"begun with optim\.name=muon, now it is adamw; it is fixed"):
         train.train(tiny(path, **options | {"optim.name": "adamw"}), tmp_path / "whole")
+    shutil.copytree(undisturbed, tmp_path / "adamw")
     file = tmp_path / "adamw" / "config.json"  # as it was written before there was a choice
     before = json.loads(file.read_text())
     del before["optim"]["name"]
     file.write_text(json.dumps(before))
     with pytest.raises(InputError, match=r"begun with optim\.name=adamw, now it is muon"):
-        train.train(tiny(path, **options), tmp_path / "adamw")
-    assert train.train(tiny(path, **options | {"optim.name": "adamw"}), tmp_path / "adamw") == "done"
+        train.train(tiny(path, **{"optim.name": "muon"}), tmp_path / "adamw")
+    assert train.train(tiny(path), tmp_path / "adamw") == "done"
 
 
 def test_an_evaluation_that_a_stop_met_is_made_up_for(path, tmp_path, monkeypatch):
