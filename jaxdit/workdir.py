@@ -42,6 +42,10 @@ def check(config: Any, devices: int) -> None:
       InputError: names the field, what was found and what is possible.
     """
     c = config
+    if "name" not in c.optim:
+        raise InputError(
+            'optim.name is missing: this configuration is from before there was a choice; add "name": "adamw" to optim.'
+        )
     for section, names in POSITIVE.items():
         for name in names:
             if not c[section][name] > 0:

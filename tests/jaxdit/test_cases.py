@@ -939,6 +939,13 @@ def test_tuples_flag_files_and_repeated_flags(tmp_path):
     assert parsed([twice]) == [("refused", f"{' '.join(twice)}: --config is given twice; leave one.")]
 
 
+def test_a_configuration_from_before_the_choice_of_optimizers_is_told_what_to_add(path, tmp_path):
+    config = tiny(path)
+    del config.optim.name
+    with pytest.raises(InputError, match=r'optim\.name is missing: .* add "name": "adamw"'):
+        train.train(config, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
