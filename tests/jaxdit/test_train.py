@@ -46,18 +46,24 @@ def test_resume_is_bit_identical_after_sigkill_at_random_points(path, undisturbe
     assert_same(whole_state(workdir), whole_state(undisturbed))  # parameters, moments, counts, averaged weights
 
 
+def stop_after_telling(patch, step):
+    """SIGTERM once that step has been told, which is when the next has begun."""
+    tell = train.Teller.tell
+
+    def stop(self, values):
+        tell(self, values)
+        if values["step"] == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(train.Teller, "tell", stop)
+
+
 def test_twenty_steps_and_twenty_more_are_forty(path, tmp_path, monkeypatch):
     options = {"train.total_steps": 40, "data.holdout_fraction": 0.3, "train.eval_every": 10, "train.eval_images": 4}
     assert train.train(tiny(path, **options), tmp_path / "whole") == "done"
 
-    def stop_at_twenty(self, values):
-        tell(self, values)
-        if values["step"] == 20:
-            signal.raise_signal(signal.SIGTERM)
-
-    tell = train.Teller.tell
     with monkeypatch.context() as patch:
-        patch.setattr(train.Teller, "tell", stop_at_twenty)
+        stop_after_telling(patch, 20)
         assert train.train(tiny(path, **options), tmp_path / "halves") == "stopped"
     assert checkpoint.saved_steps(tmp_path / "halves")[-1] in (20, 21)  # a step is told when the next has begun
     assert train.train(tiny(path, **options), tmp_path / "halves") == "done"
@@ -74,14 +80,8 @@ def test_a_run_by_muon_goes_on_where_it_stopped_and_keeps_its_optimizer(path, un
     options = {"optim.name": "muon", "train.total_steps": 10, "optim.warmup_steps": 1}
     assert train.train(tiny(path, **options), tmp_path / "whole") == "done"
 
-    def stop_at_three(self, values):
-        tell(self, values)
-        if values["step"] == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    tell = train.Teller.tell
     with monkeypatch.context() as patch:
-        patch.setattr(train.Teller, "tell", stop_at_three)
+        stop_after_telling(patch, 3)
         assert train.train(tiny(path, **options), tmp_path / "halves") == "stopped"
     assert train.train(tiny(path, **options), tmp_path / "halves") == "done"
     assert_same(whole_state(tmp_path / "halves", 10), whole_state(tmp_path / "whole", 10))
@@ -100,14 +100,8 @@ def test_a_run_by_muon_goes_on_where_it_stopped_and_keeps_its_optimizer(path, un
 def test_an_evaluation_that_a_stop_met_is_made_up_for(path, tmp_path, monkeypatch):
     options = {"data.holdout_fraction": 0.3, "train.eval_every": 4, "train.eval_images": 4}
 
-    def stop_at_three(self, values):
-        tell(self, values)
-        if values["step"] == 3:  # told when step 4 has been made: its evaluation is due and meets the stop
-            signal.raise_signal(signal.SIGTERM)
-
-    tell = train.Teller.tell
     with monkeypatch.context() as patch:
-        patch.setattr(train.Teller, "tell", stop_at_three)
+        stop_after_telling(patch, 3)  # told when step 4 has been made: its evaluation is due and meets the stop
         assert train.train(tiny(path, **options), tmp_path / "run") == "stopped"
     assert checkpoint.saved_steps(tmp_path / "run", "state") == [4]
     assert train.train(tiny(path, **options), tmp_path / "run") == "done"
