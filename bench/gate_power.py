@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -68,17 +69,20 @@ FAULTS: dict[str, tuple[Any, dict[str, float], set[str]]] = {
 }  # fmt: skip
 
 
-def photographs(folder: Path, count: int = 50, size: int = 64) -> Path:
-    """Generated photographs, square: of three shapes cut to one bucket proportions would differ, which no caption names."""
+def photographs(folder: Path, count: int = 50, sizes: Sequence[int] = (64,)) -> Path:
+    """Generated photographs, encoded in each of the sizes; the folder of the last, beside which the others lie.
+
+    They are square: of three shapes cut to one bucket proportions would differ, which no caption names.
+    """
     for command in (
         ["encode.demo", f"--out={folder / 'photographs'}", f"--count={count}", "--side=256"],
         [
             "encode.main", "--config=configs/encode_demo.py", f"--config.images={folder / 'photographs'}",
-            f"--config.out={folder / 'encoded'}", f"--config.resolutions=({size},)", "--config.max_buckets=1",
+            f"--config.out={folder / 'encoded'}", f"--config.resolutions={tuple(sizes)}", "--config.max_buckets=1",
         ],
     ):  # fmt: skip
         subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
-    return folder / "encoded" / str(size)
+    return folder / "encoded" / str(sizes[-1])
 
 
 def configured(path: Path, *, steps: int, seed: int = 0, **size: int) -> Any:

@@ -29,9 +29,12 @@ def test_a_training_is_judged_on_held_out_images_and_made_once(tmp_path, monkeyp
     assert row["optimizer"] == "muon" and row["images a second, at best"] > 0
     assert list(row["held-out loss"]) == ["2", "4", "6", "8", "10"]
     assert row["held-out loss"]["10"] < row["held-out loss"]["2"]
+    found = [loss for loss in row["at the end, by tenths of t"] if loss is not None]
+    assert len(row["at the end, by tenths of t"]) == 10 and min(found) <= row["held-out loss"]["10"] <= max(found)
     given.names = ["muon", "adamw"]
-    monkeypatch.setattr(
-        optimizers, "trained", lambda path, folder, name, rate, steps: {"optimizer": name, "rate": rate}
-    )
+    monkeypatch.setattr(optimizers, "trained", lambda config, folder: {"peak": config.optim.peak_learning_rate})
     assert optimizers.main() == 0
-    assert json.loads(file.read_text())["trainings"] == [row, {"optimizer": "adamw", "rate": 0.01}]
+    assert json.loads(file.read_text())["trainings"] == [
+        row,
+        {"optimizer": "adamw", "rate": 0.01, "peak": 0.01},
+    ]
