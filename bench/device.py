@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 
@@ -21,6 +22,14 @@ def path(name: str, device: str) -> Path:
     """bench/results/NAME-DEVICE.json, or in the folder that JAXDIT_BENCH_RESULTS names."""
     folder = Path(os.environ.get("JAXDIT_BENCH_RESULTS") or Path(__file__).parent / "results")
     return folder / f"{name}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
+def begun(file: Path, module: str, known: dict, **empty) -> dict:
+    """What `file` holds of a benchmark that goes on where it stopped; a new result where it was made with another `known`."""
+    result = json.loads(file.read_text()) if file.exists() else {}
+    if any(result.get(key) != value for key, value in json.loads(json.dumps(known)).items()):
+        result = known | {"command": " ".join([f"python -m bench.{module}", *sys.argv[1:]])} | empty
+    return result
 
 
 def write(name: str, device: str, result: dict) -> Path:

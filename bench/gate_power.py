@@ -120,9 +120,7 @@ def main() -> int:
     name = device.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     known = {"device": name, "steps": steps, "size": SIZE, "thresholds": judge.THRESHOLDS}
     file = device.path("gate-power", name)
-    found = json.loads(file.read_text()) if file.exists() else {}
-    if any(found.get(key) != value for key, value in known.items()):
-        found = known | {"command": " ".join(["python -m bench.gate_power", *sys.argv[1:]]), "models": {}}
+    found = device.begun(file, "gate_power", known, models={})
     models = found["models"]
     with tempfile.TemporaryDirectory() as folder:
         path = photographs(Path(folder))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -136,9 +135,7 @@ def main() -> int:
         "size": gate_power.SIZE,
         "guided": LOOKS["guided"][1],
     }
-    result = json.loads(path.read_text()) if path.exists() else {}
-    if any(result.get(key) != json.loads(json.dumps(value)) for key, value in known.items()):
-        result = known | {"command": " ".join(["python -m bench.listen", *sys.argv[1:]]), "first": {}, "curves": {}}
+    result = device.begun(path, "listen", known, first={}, curves={})
     wanted = [
         (s, seed) for seed in range(options.seeds) for s in SETTINGS if any(part in s for part in options.settings)
     ]

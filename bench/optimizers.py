@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -53,9 +52,7 @@ def main() -> int:
     processor = device.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     path = device.path("optimizers", processor)
     known = {"device": processor, "steps": options.steps, "batch": BATCH, "size": gate_power.SIZE}
-    result = json.loads(path.read_text()) if path.exists() else {}
-    if any(result.get(key) != value for key, value in known.items()):
-        result = known | {"command": " ".join(["python -m bench.optimizers", *sys.argv[1:]]), "trainings": []}
+    result = device.begun(path, "optimizers", known, trainings=[])
     done = {(row["optimizer"], row["rate"]) for row in result["trainings"]}
     with tempfile.TemporaryDirectory() as folder:
         photographs = gate_power.photographs(Path(folder), count=600)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -68,9 +67,8 @@ def main() -> int:
     sizes = [int(size) for size in options.sizes]
     path = device.path("-".join(["stages", *options.sizes]), processor)
     known = {"device": processor, "sizes": sizes, "steps": options.steps, "batch": optimizers.BATCH}
-    result = json.loads(path.read_text()) if path.exists() else {}
-    if any(result.get(key) != value for key, value in known.items()):
-        result = known | {"command": " ".join(["python -m bench.stages", *sys.argv[1:]]), "trainings": []}
+    known |= {"size": gate_power.SIZE}
+    result = device.begun(path, "stages", known, trainings=[])
     done = {tuple(row.values())[:3] for row in result["trainings"]}
     wanted = itertools.product(map(int, options.seeds), map(float, options.shares), map(float, options.rates))
     with tempfile.TemporaryDirectory() as folder:

@@ -6,19 +6,8 @@ import make_data
 from bench import gate_power, optimizers
 
 
-def test_a_training_is_judged_on_held_out_images_and_made_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXDIT_BENCH_RESULTS", str(tmp_path))
-    monkeypatch.setattr(optimizers, "BATCH", 4)
+def test_a_training_is_judged_on_held_out_images_and_made_once(small_trainings, tmp_path, monkeypatch):
     monkeypatch.setattr(optimizers, "EVERY", 2)
-    monkeypatch.setattr(gate_power, "SIZE", {"layers": 1, "width": 32, "heads": 2})
-    configured = gate_power.configured
-
-    def quick(*arguments, **named):
-        config = configured(*arguments, **named)
-        config.train.log_every = 1
-        return config
-
-    monkeypatch.setattr(gate_power, "configured", quick)
     make_data.dataset(tmp_path / "64", {"64x64": 40})
     monkeypatch.setattr(gate_power, "photographs", lambda folder, count: tmp_path / "64")
     given = SimpleNamespace(names=["muon"], rates=["1e-2"], steps=10)

@@ -8,19 +8,8 @@ from bench import gate_power, optimizers, stages
 from jaxdit import origin
 
 
-def test_two_stages_cost_what_one_does_and_are_judged_in_the_large_size(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXDIT_BENCH_RESULTS", str(tmp_path))
-    monkeypatch.setattr(optimizers, "BATCH", 4)
+def test_two_stages_cost_what_one_does_and_are_judged_in_the_large_size(small_trainings, tmp_path, monkeypatch):
     monkeypatch.setattr(optimizers, "EVERY", 4)
-    monkeypatch.setattr(gate_power, "SIZE", {"layers": 1, "width": 32, "heads": 2})
-    configured = gate_power.configured
-
-    def quick(*arguments, **named):
-        config = configured(*arguments, **named)
-        config.train.log_every = 1
-        return config
-
-    monkeypatch.setattr(gate_power, "configured", quick)
     for side in (32, 64):
         make_data.dataset(tmp_path / str(side), {f"{side}x{side}": 40})
     monkeypatch.setattr(gate_power, "photographs", lambda folder, count, sizes: tmp_path / str(sizes[-1]))
