@@ -14,6 +14,7 @@ from jaxdit import data, judge, model, report, train, trained, validate
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"layers": 3, "width": 96, "heads": 3}
+pytestmark = pytest.mark.usefixtures("often_run")
 
 
 def judged(path, workdir, fault="", steps=900):
@@ -26,15 +27,15 @@ def run(*arguments):
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def photographs(once):
     """24 of the generated photographs, encoded at 64 x 64."""
     folder = once("gate-photographs", lambda folder: gate_power.photographs(folder, count=24))
     return folder / "encoded" / "64"
 
 
-@pytest.fixture(scope="session")
-def passed(once, photographs):
+@pytest.fixture(scope="module")
+def passed(once, photographs, often_run):
     """(workdir, gate.json) of a model that was trained well."""
     workdir = once("gate-passed", lambda folder: judged(photographs, folder / "run")) / "run"
     return workdir, json.loads((workdir / "gate" / "gate.json").read_text())
