@@ -101,22 +101,10 @@ def test_ten_operations_of_a_real_step_are_named_with_their_lines(found):
     assert len(rows) > 100 and rows == sorted(rows, key=lambda row: -row["share"])
     assert 0.5 < found["share of the ten"] <= 1
     assert found["share of the ten"] == pytest.approx(sum(row["share"] for row in rows), abs=0.02)
-    for row in rows[: profile_step.MOST]:
-        assert row["code"] and row["code"] not in profile_step.WAITING
-        inserted = row["operation"].startswith(("copy", "wrapped_broadcast"))  # by XLA, which has no name for them
-        called = f"jit({row['program'].removeprefix('jit_')})"
-        assert row["name"].startswith(called) or (inserted and not row["name"]), row
+    programs = ["jit_new_total", "jit_accumulate_gradients", "jit_apply_update"]
+    for row in rows:
+        assert row["program"] in programs and row["code"] and row["code"] not in profile_step.WAITING, row
+        assert row["name"].startswith(f"jit({row['program'].removeprefix('jit_')})") or not row["name"], row
+    unnamed = sum(row["share"] for row in rows if not row["name"])  # inserted by XLA, which has no name for them
+    assert unnamed < 0.2
     assert any("Block.__call__" in row["lines"] for row in found["lines"])
-    assert {row["program"] for row in rows[: profile_step.MOST]} <= {"jit_accumulate_gradients", "jit_apply_update"}
-
-
-def test_operations_within_the_scan_run_once_a_layer(found):
-    within = [row for row in found["operations"] if "while/body" in row["name"] and "vmap" not in row["name"]]
-    once_a_layer = [row for row in within if row["times an update"] % 2 == 0]
-    assert len(once_a_layer) > 0.8 * len(within) > 10  # XLA takes what is the same in each layer out of the loop
-    assert found["seconds of all operations, an update"] < found["threads"] * found["seconds an update"]
-
-
-def test_the_table_names_each_operation(found):
-    table = profile_step.table(found)
-    assert all(row["operation"] in table and row["name"] in table for row in found["operations"])
