@@ -10,7 +10,6 @@ Writes bench/results/optimizers-DEVICE.json.
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -48,7 +47,6 @@ def trained(config: Any, workdir: Path) -> dict[str, Any]:
 
 def main() -> int:
     options = flags.FLAGS
-    logging.getLogger().setLevel(logging.WARNING)
     processor = device.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     path = device.path("optimizers", processor)
     known = {"device": processor, "steps": options.steps, "batch": BATCH, "size": gate_power.SIZE}

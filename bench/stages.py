@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,6 @@ def staged(
 
 def main() -> int:
     options = flags.FLAGS
-    logging.getLogger().setLevel(logging.WARNING)
     processor = device.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     sizes = [int(size) for size in options.sizes]
     path = device.path("-".join(["stages", *options.sizes]), processor)
