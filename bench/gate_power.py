@@ -81,7 +81,7 @@ def photographs(folder: Path, count: int = 50, sizes: Sequence[int] = (64,)) -> 
             f"--config.out={folder / 'encoded'}", f"--config.resolutions={tuple(sizes)}", "--config.max_buckets=1",
         ],
     ):  # fmt: skip
-        subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return folder / "encoded" / str(sizes[-1])
 
 
