@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from work import calls
 
 from encode.captions import Sense, senses, swap
 
@@ -178,15 +179,13 @@ def test_any_text_keeps_everything_but_its_sides(caption):
     assert swapped is None or swapped == caption or Sense.SIDE in [sense for _, sense in senses(caption)]
 
 
-def test_a_hundred_thousand_long_captions_take_well_under_a_minute():
+def test_a_long_caption_is_little_work():
+    """Half a millisecond: a hundred thousand take a minute."""
     chance = random.Random(0)
     neutral = " ".join(caption for caption, truth in TABLE if truth == caption and not senses(caption)).split()
     sided = [caption for caption, truth in TABLE if truth not in (None, caption)]
     captions = [" ".join([*chance.sample(sided, 2), *chance.choices(neutral, k=100)][:100]) for _ in range(1000)]
-    began = time.process_time()
-    for caption in captions:
-        swap(caption)
-    assert (time.process_time() - began) * 100 < 60
+    assert sum(calls(swap, caption) for caption in captions) < 1000 * 1500
 
 
 @pytest.mark.parametrize(
@@ -197,4 +196,4 @@ def test_no_caption_is_slow(unit):
     caption = unit * (100_000 // len(unit))
     began = time.process_time()
     swap(caption)
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 20  # less than a second; minutes where it grows by the square

@@ -3,12 +3,12 @@
 import itertools
 import json
 import math
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from work import calls
 
 from jaxdit import health
 
@@ -375,13 +375,8 @@ def test_options_out_of_range_are_refused():
 
 
 def test_judging_is_cheap():
-    rows = rows_of(sound(16, rows=2001))
-    taken = []
-    for _ in range(20):
-        before = time.process_time()
-        health.judge(rows)
-        taken.append(time.process_time() - before)
-    assert min(taken) < 0.006  # under two milliseconds on an idle machine
+    """NumPy does it, not a loop over the rows: two milliseconds."""
+    assert calls(health.judge, rows_of(sound(16, rows=2001))) < 5000
 
 
 def alarms(seeds, every):
