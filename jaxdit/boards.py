@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tensorboardX.proto import event_pb2, summary_pb2
-from tensorboardX.record_writer import masked_crc32c
-from tensorboardX.summary import text
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.record_writer import masked_crc32c
 
 from encode.records import InputError, write_json
 
@@ -35,8 +35,8 @@ START_SECONDS = 30.0  # what the start waits for an answer: of the network, and 
 class TensorBoard:
     """Events in WORKDIR/tensorboard; one file a leg of the run, one event a row.
 
-    Written here and not through tensorboardX.SummaryWriter: its thread ends at the first full disk, and the run then waits
-    for ever on a queue that nobody empties.
+    Written here: tensorboardX.SummaryWriter's thread ends at the first full disk, and the run then waits for ever on a queue
+    that nobody empties; and it imports torch: a second or two and 180 MB of every command.
 
     Args:
       workdir: the working folder.
@@ -52,7 +52,7 @@ class TensorBoard:
         self._put(step, summary=summary_pb2.Summary(value=found))
 
     def words(self, step: int, name: str, value: str) -> None:
-        self._put(step, summary=text(name, value))
+        self._put(step, summary=text_pb(f"{name}/text_summary", value))
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """{name: [height, width, 3] uint8}; kept as JPEG, as the exact ones stand in WORKDIR/previews."""

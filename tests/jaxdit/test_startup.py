@@ -1,9 +1,11 @@
 import logging
+import subprocess
+import sys
 
 import make_data
 from absl import flags
 from ml_collections import config_flags
-from tiny_run import tiny
+from tiny_run import ROOT, tiny
 
 from jaxdit import data, mesh, model, startup, trained
 
@@ -97,3 +99,13 @@ def test_the_time_that_is_left_and_its_energy_are_told_once_they_are_measured(tm
     config = tiny(tmp_path, **{"train.total_steps": 1000, "train.batch_size": 36, "metrics.watts": 500.0})
     line = startup.remaining(config, step=0, rate=10.0)  # 3,600 seconds
     assert "10.0 images/s" in line and "in 1 h 00 min (" in line and "0.5 kWh at metrics.watts=500" in line
+
+
+def test_no_command_loads_torch_before_it_needs_it():
+    """Two seconds and 180 MB; a library that jaxdit imports may do so by itself."""
+    code = (
+        "import sys; from jaxdit import evaluate, export, plan, report, sample, train, validate; "
+        "print([name for name in ('torch', 'diffusers', 'transformers', 'tensorflow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
