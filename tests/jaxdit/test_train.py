@@ -20,7 +20,7 @@ from tiny_run import ROOT, WIDTHS, assert_same, command, curve, run, tiny, weigh
 
 from configs import full, nano, quickstart
 from encode.records import InputError, only_one
-from jaxdit import checkpoint, data, metrics, model, optim, teller, train, trained, update
+from jaxdit import checkpoint, data, mesh, metrics, model, optim, teller, train, trained, update
 
 
 def test_resume_is_bit_identical_after_sigkill_at_random_points(path, undisturbed, tmp_path):
@@ -534,6 +534,7 @@ def test_one_program_a_bucket_and_text_length(tmp_path, monkeypatch):
         return losses(model, batch, *rest, **options)
 
     monkeypatch.setattr(update.flow, "losses", counting)
+    monkeypatch.setattr(mesh, "compiled", mesh.compiled.__wrapped__)
     train.train(tiny(tmp_path / "64", **{"train.total_steps": 30, "data.text_lengths": (8, 16)}), tmp_path / "run")
     assert len(traced) == len(set(traced)) and 3 <= len(traced) <= 6
 
