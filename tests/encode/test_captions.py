@@ -196,4 +196,4 @@ def test_no_caption_is_slow(unit):
     caption = unit * (100_000 // len(unit))
     began = time.process_time()
     swap(caption)
-    assert time.process_time() - began < 20  # less than a second; minutes where it grows by the square
+    assert time.process_time() - began < 5
