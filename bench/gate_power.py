@@ -97,13 +97,19 @@ def configured(path: Path, *, steps: int, seed: int = 0, **size: int) -> Any:
     return config
 
 
+def to_the_end(config: Any, workdir: Path) -> None:
+    """`train.train`; a training that a signal stopped is no result, and ends the benchmark."""
+    if train.train(config, workdir) != "done":
+        raise KeyboardInterrupt
+
+
 def judged(path: Path, workdir: Path, *, steps: int, fault: str = "", seed: int = 0, **size: int) -> dict[str, Any]:
     """gate.json of a model trained with a fault, or of a sound one."""
     wrong, changes, _ = FAULTS.get(fault, (contextlib.nullcontext, {}, set()))
     config = configured(path, steps=1 if fault == "untrained" else steps, seed=seed, **size)
     config.flow.update(changes)
     with wrong():
-        train.train(config, workdir)
+        to_the_end(config, workdir)
     return validate.gate(workdir, workdir / "gate")
 
 

@@ -23,7 +23,7 @@ from absl import flags
 
 from bench import device, gate_power
 from encode import commandline, encoders
-from jaxdit import charts, checkpoint, data, judge, metrics, page, train, trained, validate
+from jaxdit import charts, checkpoint, data, judge, metrics, page, trained, validate
 
 SHARES = ("flow.drop_both", "flow.drop_text", "flow.drop_vision")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ def listen(
     config.update_from_flattened_dict(setting)
     # At the looks alone, however slow it is.
     config.checkpoint.update(every=every, keep=steps // every + 1, minutes=1e6)
-    train.train(config, workdir)
+    gate_power.to_the_end(config, workdir)
     dataset = data.Dataset(path)
     vae, vision = (
         load(dataset.info["encoders"][name])

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
+from bench import gate_power
 from configs import quickstart
 from encode import commandline
-from jaxdit import metrics, model, train, validate
+from jaxdit import metrics, model, validate
 
 DATA = flags.DEFINE_string("data", None, "The encoded demo photographs.", required=True)
 STEPS = flags.DEFINE_integer("steps", 900, "Steps of each training.")
@@ -31,7 +32,7 @@ def run(folder: Path) -> dict:
     config.train.total_steps = STEPS.value
     config.optim.warmup_steps = min(config.optim.warmup_steps, STEPS.value // 10)
     began = time.monotonic()
-    train.train(config, folder)
+    gate_power.to_the_end(config, folder)
     seconds = time.monotonic() - began
     gate = validate.gate(folder, folder / "gate")
     rows = metrics.read(folder)

@@ -1,4 +1,6 @@
-from bench import listen
+import pytest
+
+from bench import gate_power, listen
 from jaxdit import judge
 
 
@@ -36,3 +38,9 @@ def test_the_plot_has_a_line_a_setting():
     curves = {name: {"0": [row(100, 0.2, 1.0), row(200, 0.9, 0.4)]} for name in ("shift 1", "shift 3")}
     page = listen.plot({"curves": curves})
     assert page.count("shift 3") >= 4 and "<svg" in page
+
+
+def test_a_training_that_was_stopped_is_no_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate_power.train, "train", lambda config, workdir: "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        listen.listen(tmp_path, tmp_path / "run", {}, steps=9, every=3, seed=0)
