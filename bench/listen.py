@@ -10,7 +10,7 @@ result is one training. Writes bench/results/listen-DEVICE.json and a plot besid
 from __future__ import annotations
 
 import json
-import logging
+import math
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +46,7 @@ def listen(
     """Train one model, and look at each of its checkpoints: [{step, samples, seconds, averaged, raw, guided}]."""
     config = gate_power.configured(path, steps=steps, seed=seed)
     config.update_from_flattened_dict(setting)
+    config.train.log_every = math.gcd(every, config.train.log_every)  # each look needs its seconds
     # At the looks alone, however slow it is.
     config.checkpoint.update(every=every, keep=steps // every + 1, minutes=1e6)
     gate_power.to_the_end(config, workdir)
@@ -125,7 +126,6 @@ def define_flags() -> None:
 
 def main() -> int:
     options = flags.FLAGS
-    logging.getLogger().setLevel(logging.WARNING)
     name = device.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     path = device.path("-".join(filter(None, ["listen", options.label])), name)
     known = {
