@@ -7,7 +7,7 @@ import make_data
 import pytest
 from tiny_run import tiny
 
-from jaxdit import mesh, train
+from jaxdit import mesh, optim, train
 
 
 @pytest.fixture(scope="module")
@@ -26,24 +26,27 @@ def undisturbed(path, tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def traced_once():
-    """A training of the same model and flow as one before in this process takes its compiled functions: half of its time.
+    """A training of the same model, flow and optimizer as one before in this process takes its compiled functions: half its time.
 
     Tests that count compilations use `mesh.compiled.__wrapped__`.
     """
-    compiled, known = mesh.compiled, {}
+    compiled, of_config, learning_rate, known = mesh.compiled, optim.of_config, optim.learning_rate, {}
 
     def key(function):
-        graph, *values = function.args
-        return function.func, graph, json.dumps(values, sort_keys=True, default=list)
+        values = (json.dumps(value, default=list) if isinstance(value, dict) else value for value in function.args)
+        return function.func, *values
 
     @functools.wraps(compiled)
     def share(devices, state, **functions):
-        zeros, accumulate, change, judge = compiled(devices, state, **functions)
+        zeros, *found = compiled(devices, state, **functions)
         if devices.size == 1:
-            accumulate = known.setdefault(key(functions["accumulate"]), accumulate)
-            judge = known.setdefault(key(functions["judge"]), judge)
-        return zeros, accumulate, change, judge
+            names = ("accumulate", "change", "judge")
+            found = [known.setdefault(key(functions[name]), one) for name, one in zip(names, found, strict=True)]
+        return zeros, *found
 
-    mesh.compiled = share
+    def same_optimizer(section, schedule):
+        return known.setdefault(("optimizer", section.to_json(), schedule), of_config(section, schedule))
+
+    mesh.compiled, optim.of_config, optim.learning_rate = share, same_optimizer, functools.cache(learning_rate)
     yield
-    mesh.compiled = compiled
+    mesh.compiled, optim.of_config, optim.learning_rate = compiled, of_config, learning_rate
