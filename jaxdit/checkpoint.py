@@ -27,6 +27,7 @@ from encode.records import InputError
 from jaxdit import processes
 
 SNAPSHOTS, LONG_INTERVAL = 10, 50_000  # EMA snapshots kept: the newest ten, and one in so many steps for good
+WAY_BACK = 3  # of the newest, so many can be gone on from: trouble is often seen a day late
 ITEMS = ("state", "ema", "data")
 FAILURES = 3  # saves in a row that may fail before the run ends: a month of electricity is not spent on what is lost
 
@@ -41,7 +42,7 @@ class Checkpoints:
     Args:
       workdir: the working folder.
       every: distance of the EMA snapshots, in steps.
-      keep: number of newest steps that stay resumable.
+      keep: number of newest steps, snapshots or not, that stay resumable.
 
     Of many processes each writes and reads its part; all call save, wait, landed and restore alike, and what fails in one
     fails in all.
@@ -194,12 +195,12 @@ class Checkpoints:
     def _prune(self) -> None:
         resumable = self._resumable()  # one that lost a part must not push a whole one out
         snapshots = [step for step in self.steps("ema") if step % self.every == 0]
-        long = {step for step in snapshots if step % LONG_INTERVAL == 0}
-        wanted = set(resumable[-self.keep :]) | set(snapshots[-SNAPSHOTS:]) | long
+        whole = {*resumable[-self.keep :], *[step for step in resumable if step % self.every == 0][-WAY_BACK:]}
+        wanted = whole.union(snapshots[-SNAPSHOTS:], (step for step in snapshots if step % LONG_INTERVAL == 0))
         for step in self.steps("ema"):
             if step not in wanted:
                 _remove(self.folder / str(step))
-            elif step not in resumable[-self.keep :]:
+            elif step not in whole:
                 for item in ("state", "data"):
                     _remove(self.folder / str(step) / item)
 
@@ -284,7 +285,10 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
             raise
         except Exception as error:  # whatever the damage is, the person needs the folder's name
             if "RESOURCE_EXHAUSTED" in str(error):
-                raise InputError(f"{path}: the device's memory does not hold these weights.") from error
+                raise InputError(
+                    f"{path}: the device's memory does not hold these weights; where a training has it, draw on another card, "
+                    "or with JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES= before the command (slow), or stop the training first."
+                ) from error
             if step is not None:
                 raise InputError(
                     f"{path} cannot be read ({_first_line(error)}); name another step of {_listed(steps)}, or train on to "
@@ -297,11 +301,7 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
 def _weights(folder: Path, shapes: Any, raw: bool) -> Any:
     target = {"params": shapes} if raw else shapes
     check_shapes(folder, target, whole=not raw)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device),
-        target,
-    )
+    target = _abstract(target, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     weights = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
         folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
@@ -359,9 +359,9 @@ def _names(path) -> tuple[str, ...]:
     return tuple(str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part)))) for part in path)
 
 
-def _abstract(tree: Any) -> Any:
+def _abstract(tree: Any, device: Any = None) -> Any:
     def shape(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device)
 
     return jax.tree.map(shape, tree)
 

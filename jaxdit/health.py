@@ -37,6 +37,7 @@ def judge(
     rows: Sequence[Mapping[str, Any]],
     *,
     saved: Sequence[int] = (),
+    averages: Sequence[int] = (),
     window: int = 200,
     spike: float = 8.0,
     patience: int = 8,
@@ -47,6 +48,7 @@ def judge(
       rows: of metrics.jsonl, oldest first, the last one is now; the newest 2,000 are looked at. Any value may be null or
         missing.
       saved: the steps that can be gone back to; the advice names the newest one before the trouble began.
+      averages: the steps whose averaged weights are kept, which a new run can begin with where none of saved is left.
       window: how many rows are "the past", at least 24. 200: many enough that the chance of the drawn timesteps averages
         out, few enough to follow the slow fall of a sound norm.
       spike: how many spreads (1.48 median absolute deviations of the logarithm) above the past a norm is a spike. 8: sound
@@ -67,7 +69,7 @@ def judge(
     for name, (level, check, advice) in TROUBLES.items():
         if (found := hold(check, past)) is not None:
             words, since = found
-            return Verdict(name, f"{words}. {advice.format(back=_back(saved, since))}", since, level)
+            return Verdict(name, f"{words}. {advice.format(back=_back(saved, averages, since))}", since, level)
     if math.isnan(past.usual[0]):
         words = f"{len(past.step)} logged row{'s' * (len(past.step) > 1)} so far: too few to know what is usual. Nothing to do."
         return Verdict("young", words, None, "good")
@@ -86,10 +88,14 @@ def hold(check: Callable[[Past, float], Any], past: Past) -> Any:
     return weak if any(check(past.before(lag), 1.0) is not None for lag in past.lags) else None
 
 
-def _back(saved: Sequence[int], since: int) -> str:
-    earlier = [step for step in saved if step < since]
-    if earlier:
-        return f"go back: a new folder with --config.train.restore=WORKDIR@{max(earlier)}"
+def _back(saved: Sequence[int], averages: Sequence[int], since: int) -> str:
+    if step := max((step for step in saved if step < since), default=0):
+        return f"go back: a new folder with --config.train.restore=WORKDIR@{step}"
+    if step := max((step for step in averages if step < since), default=0):
+        return (
+            f"begin a new folder with the averaged weights from before it, --config.train.init_from=WORKDIR@{step}: no whole "
+            "checkpoint from then is left"
+        )
     return "start again: no checkpoint from before it is left"
 
 

@@ -76,9 +76,11 @@ def train(config) -> int:
             f"--config.model.remat=block (a quarter), or a new --workdir with a smaller train.micro_batch than "
             f"{config.train.micro_batch}."
         )
+    if result == "stopped":  # perhaps because the terminal was closed, which takes no more words
+        return 3
     if processes.first():
         print(f"The run's page: {commandline.path_of(WORKDIR.value) / 'report.html'}")
-    return 0 if result == "done" else 3
+    return 0
 
 
 if __name__ == "__main__":

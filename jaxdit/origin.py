@@ -181,8 +181,7 @@ def _restored(value: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
         folder, step = parse("train.restore", value, "state")
     except InputError as error:
         raise InputError(
-            f"{error} Steps older than checkpoint.keep hold their averaged weights alone: train.init_from=WORKDIR@STEP starts "
-            "from those."
+            f"{error} Older steps hold their averaged weights alone: train.init_from=WORKDIR@STEP starts from those."
         ) from error
     return {"workdir": str(folder), "step": step}, read(folder).get("gate")
 

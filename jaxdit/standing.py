@@ -164,17 +164,18 @@ def look(workdir: Path, now: datetime | None = None) -> Standing:
     as_of = datetime.fromtimestamp(path.stat().st_mtime) if path.exists() else now
     return Standing(
         workdir, config, dataset, origin, columns, _lines(workdir / "config_history.jsonl", problems), saved,
-        _verdict(columns, config, [one.step for one in saved if one.resumable]), problems, as_of, now,
+        _verdict(columns, config, saved), problems, as_of, now,
     )  # fmt: skip
 
 
-def _verdict(columns: metrics.Columns, config: Mapping[str, Any], saved: Sequence[int]) -> health.Verdict:
+def _verdict(columns: metrics.Columns, config: Mapping[str, Any], saved: Sequence[Saved]) -> health.Verdict:
     """What the trainer said last, with the words of now where the rows still say the same."""
     said = columns.texts.get("health", [])
     name = said[-1][1] if said else ""
     options = config.get("health")
+    steps = {"saved": [one.step for one in saved if one.resumable], "averages": [one.step for one in saved]}
     try:
-        now = health.judge(columns.newest, saved=saved, **(options if isinstance(options, dict) else {}))
+        now = health.judge(columns.newest, **steps, **(options if isinstance(options, dict) else {}))
         if name in (now.name, ""):
             return now if len(columns) else health.Verdict("", "", None, "good")
     except (TypeError, ValueError, KeyError, IndexError):  # odd rows, or options of another version

@@ -71,7 +71,8 @@ class Teller:
 
     def _judge(self, values: dict[str, Any]) -> None:
         self.rows = [*self.rows[-JUDGED:], values]
-        verdict = health.judge(self.rows, saved=self.saver.steps(), **self.config.health)
+        saved = {"saved": self.saver.steps(), "averages": self.saver.steps("ema")}
+        verdict = health.judge(self.rows, **saved, **self.config.health)
         values["health"] = verdict.name
         if verdict.name != self.verdict:
             say = logging.warning if verdict.level == "act" else logging.info

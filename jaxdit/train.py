@@ -56,7 +56,7 @@ def train(config: Any, workdir: str | Path) -> str:
       workdir: created where missing; resumed from its newest complete checkpoint otherwise.
 
     Returns:
-      "done", or "stopped" after SIGTERM or SIGINT with everything saved.
+      "done", or "stopped" after SIGTERM, SIGINT or SIGHUP with everything saved.
 
     Raises:
       InputError: the configuration, the data set or the working folder is wrong; nothing was changed.
@@ -353,14 +353,18 @@ class Budget:
 
 
 class StopOnSignal:
-    """`requested` becomes true at SIGTERM or SIGINT; another one, more than a second later, ends the process at once.
+    """`requested` becomes true at SIGTERM, SIGINT or SIGHUP; another one, more than a second later, ends the process at once.
 
-    Within that second it is the same wish: Ctrl-C reaches a script and its child, and the script passes it on as well.
+    Within that second it is the same wish: Ctrl-C reaches a script and its child, and the script passes it on as well; a
+    terminal that is closed takes both along (SIGHUP, unless nohup keeps it off).
     """
 
     def __init__(self):
         self.requested, self._at = False, 0.0
-        self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            heard.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._stop) for number in heard}
 
     def _stop(self, number, frame):
         if not self.requested:

@@ -99,6 +99,7 @@ def test_weights_of_which_no_step_can_be_read_are_an_error(tmp_path):
 
 def test_missing_weights_name_the_flag_and_the_steps_that_have_the_others(tmp_path):
     save_all(tmp_path, [10, 20, 30], every=10, keep=2).close()
+    spoil(tmp_path / "checkpoints" / "10", "state", "item missing")
     with pytest.raises(InputError, match=r"10: its raw weights .* have them: 20, 30; .*\(without --raw\): 10, 20, 30"):
         checkpoint.restore_weights(tmp_path, state_of(0.0)[1], step=10, raw=True)
     for step in (10, 20, 30):
@@ -181,7 +182,7 @@ def test_snapshots_outlive_the_resumable_steps(tmp_path):
     steps = list(range(5, 155, 5))
     saver = save_all(tmp_path, steps, every=10, keep=2)
     saver.close()
-    assert checkpoint.saved_steps(tmp_path, "state") == [145, 150]
+    assert checkpoint.saved_steps(tmp_path, "state") == [130, 140, 145, 150]  # the newest two, and the newest three snapshots
     assert checkpoint.saved_steps(tmp_path, "ema") == [60, 70, 80, 90, 100, 110, 120, 130, 140, 145, 150]
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert all(name.isdigit() for name in names)

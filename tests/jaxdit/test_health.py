@@ -448,7 +448,10 @@ def test_recorded_runs_at_too_high_a_rate_are_told_to_stop():
     assert all(health.VERDICTS[verdicts[step]] == "act" for step in range(225, 700, 5))
     assert verdicts[165] == "spike" and verdicts[180] == "diverged"
     rows = [row for row in recorded("high_rate") if row["step"] <= 180]
-    assert "restore=WORKDIR@100" in health.judge(rows, saved=(50, 100, 180)).words
+    kept = {"saved": (50, 100, 180), "averages": (50, 100, 150, 180)}
+    assert "restore=WORKDIR@100" in health.judge(rows, **kept).words
+    assert "init_from=WORKDIR@150" in health.judge(rows, **kept | {"saved": (180,)}).words
+    assert "start again" in health.judge(rows, saved=(180,)).words
     verdicts = at_step("too_high_rate")  # 20 times: a spike at 120 does harm that the run makes good
     assert verdicts[120] == "spike"
     assert {health.VERDICTS[verdicts[step]] for step in range(700, 1000, 5)} == {"good"}

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,21 @@ def test_sigterm_saves_and_the_rest_of_the_run_is_the_same(path, undisturbed, tm
     assert train.train(tiny(path), tmp_path / "run") == "done"
     assert 3 <= first <= 20
     assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
+
+
+def test_a_closed_terminal_stops_it_with_everything_saved(path, tmp_path):
+    workdir, (ours, theirs) = tmp_path / "run", os.openpty()
+    # The tests themselves may run under nohup, which the trainer would heed.
+    alone = ["env", "--default-signal=HUP", "setsid", "--ctty"]
+    arguments = alone + command(path, workdir, **{"checkpoint.every": 1000, "train.total_steps": 10_000})
+    process = subprocess.Popen(arguments, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    while len(metrics.read(workdir)) < 3 and process.poll() is None:
+        if select.select([ours], [], [], 0.05)[0]:
+            os.read(ours, 4096)
+    os.close(ours)
+    assert process.wait() == 3
+    assert checkpoint.saved_steps(workdir, "state") == [metrics.read(workdir)[-1]["step"]]
 
 
 def test_a_finished_run_started_again_does_nothing(path, undisturbed):
