@@ -121,6 +121,8 @@ def _parse(default: str | None) -> Any:
             _ = config.is_locked  # a file that could not be loaded says so only when it is used
     except flags.Error as error:
         words = str(error).strip().removeprefix("ERROR:: ")
+        if missing := re.match(r"flag (--\w+)=None: ", words):
+            words = f"{missing[1]} is missing; --help says what it is for."
         if "Traceback" in words:  # a configuration file that refuses its argument, as in FILE:ARG, or that is broken
             words = words.splitlines()[-1].split(": ", 1)[-1]
         raise InputError(words) from error
@@ -158,7 +160,7 @@ def _unknown_field(arguments: list[str]) -> str:
             namesakes = [field for field in fields if field.split(".")[-1] == name.split(".")[-1]]
             near = difflib.get_close_matches(name, namesakes, 1, 0.0) or difflib.get_close_matches(name, fields, 1)
             advice = f"; the nearest is {near[0]!r}" if near else ", nor anything like it"
-            return f"{argument}: the configuration has no such field{advice}."
+            return f"{argument}: {alone[-1].removeprefix('--config=')} has no such field{advice}."
     return f"{' '.join(arguments[1:])}: the configuration cannot be overridden like this."
 
 

@@ -97,8 +97,9 @@ def examine(call: Call, load: Load = encode_main.load, stop: Callable[[], bool] 
     data, verdict = promise.load(call.data), Verdict()
     if call.repair and data.plan is None:
         raise InputError(
-            f"{data.out / 'plan.json'} is missing, so nothing says which pictures belong into a shard; a subset is repaired by "
-            "making it again (encode.subset), anything else by encoding into a new folder."
+            f"{data.out / 'plan.json'} is missing, so nothing says which pictures belong into a shard; a copy is repaired by "
+            "copying the damaged files again from where they were encoded, a subset by making it again (encode.subset), anything "
+            "else by encoding into a new folder."
         )
     # Judging what another process is writing would blame it for what it has not done yet.
     locked = call.repair or ((data.out / ".lock").exists() and os.access(data.out / ".lock", os.W_OK))
@@ -317,7 +318,7 @@ def sentences(call: Call, verdict: Verdict) -> Iterator[str]:
     elif call.repair:
         yield f"{count} left; what keeps them from being mended is said above."
     elif not (call.data.absolute().parent / "plan.json").exists():
-        yield f"{count}, and no plan.json to repair by: make the subset again."
+        yield f"{count}, and no plan.json to repair by: copy them again where this is a copy, or make the subset again."
     else:
         yield (
             f"{count}: call the same with --repair, which encodes {_many(shards, 'shard')} again and leaves all others alone."

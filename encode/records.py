@@ -372,8 +372,9 @@ def open_bucket(root: Path, bucket: str):
         found = _count(path)
         if found != wanted:
             raise DatasetError(
-                f"{path}: {'cannot be opened' if found is None else f'{found} records found'}, its index says {wanted}; "
-                f"remove it, {index_path(root, bucket, shard).name} and dataset.json, and run encode.main again."
+                f"{path}: {'cannot be opened' if found is None else f'{found} records found'}, its index "
+                f"{index_path(root, bucket, shard).name} says {wanted}; if this is a copy, copy both again, else remove them and "
+                "dataset.json, and run encode.main again."
             )
     try:
         source = tfds.builder_from_directory(folder).as_data_source(SPLIT)

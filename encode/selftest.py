@@ -25,7 +25,11 @@ from encode.torch_encoders import DINOv3Vision, FluxVAE, T5Text
 def main() -> int:
     device, dtype = devices.choose(flags.FLAGS.device), getattr(torch, flags.FLAGS.dtype)
     if device.type in devices.REFERENCE:
-        return commandline.fail("no GPU is seen by PyTorch; the CPU is the reference and needs no proof.", 2)
+        return commandline.fail(
+            "no GPU is seen by PyTorch (the CPU is the reference and needs no proof): launch/setup_strix_halo.sh installs "
+            "a build for AMD, JAXDIT_CUDA=yes before launch/quickstart.sh one for NVIDIA.",
+            2,
+        )
     print(f"Self-test on {devices.describe(device)}, {flags.FLAGS.dtype}, PyTorch {torch.__version__}.", flush=True)
     code = 0
     for make, work, unit in (

@@ -169,7 +169,10 @@ def _locate(wanted: Wanted, path: str) -> Path:
         return folder
     if HUB_ID.fullmatch(str(path)):
         return _from_hub(wanted, str(path))
-    raise InputError(f"{wanted.kind}.path={folder}: no such folder; give the folder that holds {wanted.what}.")
+    raise InputError(
+        f"{wanted.kind}.path={folder}: no such folder; give the folder that holds {wanted.what}. A data set or working folder "
+        f"brought from another machine names it in its dataset.json, under encoders.{wanted.kind}.path."
+    )
 
 
 def _from_hub(wanted: Wanted, name: str) -> Path:
@@ -223,7 +226,10 @@ def _refusal(wanted: Wanted, name: str, error: Exception) -> str:
     if isinstance(error, errors.DryRunError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     page = f"{constants.ENDPOINT}/{name}"
-    elsewhere = f"download it elsewhere (hf download {name} --local-dir DIR) and set --config.{wanted.kind}.path=DIR"
+    only = "".join(f"--include '{pattern}' " for pattern in wanted.patterns)
+    elsewhere = (
+        f"download it elsewhere (hf download {name} {only}--local-dir DIR) and set --config.{wanted.kind}.path=DIR"
+    )
     if isinstance(error, errors.GatedRepoError):
         return (
             f"its owner asks for consent first: accept the terms at {page}, then run `hf auth login` (or set HF_TOKEN); "

@@ -27,7 +27,7 @@ from encode.records import InputError
 from jaxdit import processes
 
 SNAPSHOTS, LONG_INTERVAL = 10, 50_000  # EMA snapshots kept: the newest ten, and one in so many steps for good
-WAY_BACK = 3  # of the newest, so many can be gone on from: trouble is often seen a day late
+HALF_DAYS = 3  # of the newest, the first save of each stays resumable: trouble is often seen a day late
 ITEMS = ("state", "ema", "data")
 FAILURES = 3  # saves in a row that may fail before the run ends: a month of electricity is not spent on what is lost
 
@@ -42,7 +42,7 @@ class Checkpoints:
     Args:
       workdir: the working folder.
       every: distance of the EMA snapshots, in steps.
-      keep: number of newest steps, snapshots or not, that stay resumable.
+      keep: number of newest steps that stay resumable.
 
     Of many processes each writes and reads its part; all call save, wait, landed and restore alike, and what fails in one
     fails in all.
@@ -82,8 +82,7 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.failures:  # on a full disk, the half that was written is what this save needs
             self._sweep()
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
+        if (free := shutil.disk_usage(self.folder).free) < needed:
             raise OSError(f"it takes {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free")
         if self._complete(step):
             return False
@@ -189,13 +188,15 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Remove what was never finished, written or removed."""
-        for leftover in [*self.folder.glob(".*.removed"), *self.folder.glob("*.orbax-checkpoint-tmp*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftovers in (".*.removed", "*/.*.removed", "*.orbax-checkpoint-tmp*"):
+            for leftover in self.folder.glob(leftovers):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _prune(self) -> None:
         resumable = self._resumable()  # one that lost a part must not push a whole one out
         snapshots = [step for step in self.steps("ema") if step % self.every == 0]
-        whole = {*resumable[-self.keep :], *[step for step in resumable if step % self.every == 0][-WAY_BACK:]}
+        first = {(self.folder / str(step)).stat().st_mtime // 43_200: step for step in reversed(resumable)}
+        whole = {*resumable[-self.keep :], *[step for _, step in sorted(first.items())[-HALF_DAYS:]]}
         wanted = whole.union(snapshots[-SNAPSHOTS:], (step for step in snapshots if step % LONG_INTERVAL == 0))
         for step in self.steps("ema"):
             if step not in wanted:
@@ -299,13 +300,12 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
 
 
 def _weights(folder: Path, shapes: Any, raw: bool) -> Any:
-    target = {"params": shapes} if raw else shapes
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = _abstract({"params": shapes} if raw else shapes, device)
     check_shapes(folder, target, whole=not raw)
-    target = _abstract(target, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-    weights = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
-        folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
-    )
+    args = ocp.checkpoint_utils.construct_restore_args(target)
+    args = ocp.args.PyTreeRestore(item=target, restore_args=args, partial_restore=True)
+    weights = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(folder, args=args)
     return weights["params"] if raw else weights
 
 

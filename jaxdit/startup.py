@@ -147,12 +147,11 @@ def remaining(config: Any, step: int, rate: float) -> str:
 
 
 def disk(config: Any, shapes: Any) -> int:
-    """Bytes that the checkpoints take at the most: state and average of the newest and of some before, averages of the rest."""
+    """Bytes that the checkpoints take at the most: state and average of those to go on from, averages alone of the rest."""
     every, total = config.checkpoint.every, config.train.total_steps
     parameters = 4 * model.count_parameters(shapes)
     snapshots = min(checkpoint.SNAPSHOTS, total // every) + total // math.lcm(every, checkpoint.LONG_INTERVAL)
-    states = config.checkpoint.keep + 1 + min(checkpoint.WAY_BACK, total // every)
-    return parameters * (3 * states + config.checkpoint.keep + 1 + snapshots)
+    return parameters * (4 * (config.checkpoint.keep + 1 + checkpoint.HALF_DAYS) + snapshots)
 
 
 def memory_line(config, dataset, settings, shapes, memory: int) -> str:

@@ -214,9 +214,11 @@ def refuse_fixed(workdir: Path, differences: list[tuple[str, Any, Any]]) -> None
     """InputError that names the first of `changed_fields` that is fixed for the life of a working folder."""
     for name, old, new in differences:
         if any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED):
+            shown = [value if value != "" else "nothing" for value in (old, new)]
+            gone = ", whether or not it is still there" if name.removeprefix("train.") in STARTS else ""
             raise InputError(
-                f"{workdir} was begun with {name}={old}, now it is {new}; it is fixed for the life of a working folder: "
-                "take the old value, or a new --workdir."
+                f"{workdir} was begun with {name}={shown[0]}, now it is {shown[1]}; it is fixed for the life of a working "
+                f"folder: take the old value{gone}, or a new --workdir."
             )
 
 

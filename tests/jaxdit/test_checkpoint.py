@@ -1,4 +1,5 @@
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -182,10 +183,39 @@ def test_snapshots_outlive_the_resumable_steps(tmp_path):
     steps = list(range(5, 155, 5))
     saver = save_all(tmp_path, steps, every=10, keep=2)
     saver.close()
-    assert checkpoint.saved_steps(tmp_path, "state") == [130, 140, 145, 150]  # the newest two, and the newest three snapshots
-    assert checkpoint.saved_steps(tmp_path, "ema") == [60, 70, 80, 90, 100, 110, 120, 130, 140, 145, 150]
+    assert checkpoint.saved_steps(tmp_path, "state") == [
+        5,
+        145,
+        150,
+    ]  # the first of this half of the day, the newest two
+    assert checkpoint.saved_steps(tmp_path, "ema") == [5, 60, 70, 80, 90, 100, 110, 120, 130, 140, 145, 150]
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert all(name.isdigit() for name in names)
+
+
+def test_what_a_kill_left_half_removed_goes_at_the_next_start(tmp_path):
+    save_all(tmp_path, [10, 20]).close()
+    left = tmp_path / "checkpoints" / "10" / ".state.removed"
+    (left / "part").mkdir(parents=True)
+    checkpoint.Checkpoints(tmp_path, every=10, keep=2).close()
+    assert not left.exists() and checkpoint.saved_steps(tmp_path, "state") == [10, 20]
+
+
+@pytest.mark.parametrize("hours", [0.5, 5, 40])
+def test_trouble_seen_a_day_late_has_a_step_to_go_back_to(tmp_path, hours):
+    """Saves every `hours`, three days long: one from a day before is whole at any time, and few are."""
+    saver = checkpoint.Checkpoints(tmp_path, every=10**6, keep=2)
+    began, steps = 1_790_000_000, range(1, int(72 / hours) + 3)
+    for step in steps:
+        for item in checkpoint.ITEMS:
+            (saver.folder / str(step) / item).mkdir(parents=True)
+        os.utime(saver.folder / str(step), (began + step * hours * 3600,) * 2)
+        saver.wait()
+        kept = checkpoint.saved_steps(tmp_path, "state")
+        assert kept == checkpoint.saved_steps(tmp_path, "ema") and len(kept) <= 2 + checkpoint.HALF_DAYS
+        assert kept[-2:] == list(steps[:step][-2:])
+        assert (step - kept[0]) * hours > min(24, step * hours) - 2 * hours
+    saver.close()
 
 
 def test_a_save_that_fails_at_once_is_told_and_the_third_in_a_row_is_an_error(tmp_path, caplog):
