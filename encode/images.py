@@ -42,6 +42,8 @@ for _library in Path(Image.__file__).parent.parent.glob("pillow.libs/libtiff*"):
 class ImageProblem(ValueError):
     """Why a picture cannot be used; the message is the reason in the quarantine list."""
 
+    unread = "cannot be read: "  # begins a reason that says nothing of the picture: the disk gave no bytes
+
 
 def size(path: Path, max_pixels: int) -> tuple[int, int]:
     """(width, height) of the upright picture, from the header.
@@ -136,7 +138,7 @@ class _Refusing:
         if isinstance(error, colour.NoRange):
             return text
         if isinstance(error, OSError) and error.errno is not None:
-            return f"cannot be read: {error.strerror}"
+            return f"{ImageProblem.unread}{error.strerror}"
         if isinstance(error, Image.UnidentifiedImageError):
             text = f"begins like {self.kind}, but its header cannot be used"
         elif self.kind == "JXL":

@@ -145,8 +145,9 @@ def _encode_here(context: Context, jobs: Sequence[Job], progress: Progress) -> N
     tasks = (context.task(job, entry) for job in jobs for entry in job.entries)
     read = workers.map(prepare.prepare, tasks, 2 * config.batch_size + 2 * workers.count)
     with contextlib.closing(read):
+        there = plan_rules.present(context.folder, read)
         for job in jobs:
-            encode_shard(context, job, read, progress)
+            encode_shard(context, job, there, progress)
             progress.next_shard()
 
 

@@ -7,6 +7,7 @@ other encoders or other photographs are refused by name instead of being mixed i
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,10 @@ Sizes = dict[str, tuple[int, int]]
 
 class Stopped(Exception):
     """A stop was asked for; what is finished is on disk (exit code 3)."""
+
+
+class WorkFailed(RuntimeError):
+    """The work stopped at something that is not the input's fault; the message says where (exit code 1)."""
 
 
 def make_plan(config: Any, collection: Collection, workers: Workers, stop: Callable[[], bool] = lambda: False) -> dict:
@@ -74,15 +79,53 @@ def grow(config: Any, plan: Mapping, new: Sequence[Item], workers: Workers, stop
     }
 
 
+def present(folder: Path, read: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    """The same pictures; those of a folder that is gone, as when its disk was unplugged, are not refused for it.
+
+    Raises:
+      WorkFailed: a picture is refused, and nothing is left in the folder.
+    """
+    for what, found in read:
+        if isinstance(found, images.ImageProblem) and _is_gone(folder):
+            raise WorkFailed(
+                f"{folder} is empty or gone, so no picture of it can be read: is its disk mounted? No picture was refused for "
+                "it; once it is back the same command goes on."
+            )
+        yield what, found
+
+
+def _is_gone(folder: Path) -> bool:
+    try:
+        return next(os.scandir(folder), None) is None
+    except OSError:
+        return True
+
+
 def retried(config: Any, plan: Mapping, parts: Sequence[Mapping]) -> set[str]:
-    """Ids of pictures that were refused under a lower config.decode_seconds or decode_memory than today's."""
+    """Ids of pictures that were refused for what is no longer so: they could not be read, or took more than
+    config.decode_seconds or decode_memory, which are larger today."""
     limits: dict[tuple[str, str], float] = {}
-    for row in [*plan["unfit"], *(row for part in parts for row in part["quarantine"])]:
+    rows = [*plan["unfit"], *(row for part in parts for row in part["quarantine"])]
+    last = {row["file"]: row["reason"] for row in rows}
+    again = {
+        name for name, reason in last.items() if reason.startswith(images.ImageProblem.unread) and _reads(config, name)
+    }
+    for row in rows:
         if found := re.search(r"config\.(decode_seconds|decode_memory)=([\d.]+)", row["reason"]):
             key = row["file"], found[1]
             limits[key] = max(float(found[2]), limits.get(key, 0.0))
     encoded = {row[0] for part in parts for row in part["records"]}
-    return {name for (name, field), limit in limits.items() if limit < config[field]} - encoded
+    return again.union(name for (name, field), limit in limits.items() if limit < config[field]) - encoded
+
+
+def _reads(config: Any, name: str) -> bool:
+    try:
+        with open(Path(config.images).expanduser() / name, "rb") as file:
+            while file.read(1 << 22):
+                pass
+    except OSError:
+        return False
+    return True
 
 
 def _shapes(config: Any, cells: int, sizes: Sizes) -> list[buckets.Shape]:
@@ -122,7 +165,8 @@ def _measure(
 ) -> tuple[Sizes, int | None, list[Problem]]:
     """Upright sizes by id, the width of precomputed vectors (`width`, or the first one's), and what cannot be used."""
     sizes, refused = {}, []
-    for item, found in _scan(items, config.max_pixels, workers, stop):
+    read = _scan(items, config.max_pixels, workers, stop)
+    for item, found in present(Path(config.images).expanduser(), read):
         problem = Problem(item.id, "decode", str(found)) if isinstance(found, images.ImageProblem) else None
         if problem is None and config.vision.precomputed:
             problem, width = _vector_width(item, width)

@@ -21,15 +21,11 @@ import numpy as np
 from encode import buckets, captions, images, prepare, records, stats
 from encode import plan as plan_rules
 from encode.leg import Progress, Speed
-from encode.plan import Stopped
+from encode.plan import Stopped, WorkFailed
 from encode.source import Item, Problem
 from encode.workers import Workers
 
 log = logging.getLogger(__name__)
-
-
-class WorkFailed(RuntimeError):
-    """The work stopped at something that is not the input's fault; the message says where (exit code 1)."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encode import pipeline, records, stats
+from encode import pipeline, plan, records, stats
 from tests.encode import fakes
 
 RESOLUTIONS = (128, 256)
@@ -232,6 +232,46 @@ def test_pictures_refused_for_a_limit_are_tried_again_when_it_is_raised(tmp_path
     encoders = fakes.encoders()
     assert _run(images, out, encoders, decode_memory=200, **changes).encoded == 7
     assert encoders.vae.calls == 0
+
+
+@pytest.mark.parametrize("at", [2, 45])  # while headers are read, while pictures are
+def test_a_disk_that_is_gone_for_a_while_refuses_no_picture(tmp_path, monkeypatch, at):
+    monkeypatch.setattr(plan, "HEADERS", 1)
+    images, away, out, asked = fakes.photographs(tmp_path / "in", 40), tmp_path / "away", tmp_path / "out", []
+    changes = {"resolutions": (128,), "shard_size": 4, "batch_size": 1, "decode_workers": 1}
+
+    def unplugged():
+        asked.append(True)
+        if len(asked) == at:
+            images.rename(away)
+            images.mkdir()
+        return False
+
+    with pytest.raises(pipeline.WorkFailed, match=r"is empty or gone.*the same command goes on"):
+        _run(images, out, stop=unplugged, **changes)
+    assert (out / "plan.json").exists() == (at == 45)
+    images.rmdir()
+    away.rename(images)
+    summary = _run(images, out, **changes)
+    assert (summary.encoded, summary.refused) == (40, 0)
+
+
+def test_a_picture_that_could_not_be_read_is_tried_again_when_it_can(tmp_path):
+    images, out, away, asked = fakes.photographs(tmp_path / "in", 40), tmp_path / "out", tmp_path / "away.png", []
+    changes = {"resolutions": (128,), "shard_size": 40, "batch_size": 1, "decode_workers": 1}
+
+    def lost():
+        asked.append(True)
+        if len(asked) == 3:
+            (images / "039.png").rename(away)
+        return False
+
+    assert _run(images, out, stop=lost, **changes).refused == 1
+    before = _times(out)
+    assert _run(images, out, **changes).refused == 2 and _times(out) == before  # its caption, too, which is alone now
+    away.rename(images / "039.png")
+    summary = _run(images, out, **changes)
+    assert (summary.encoded, summary.refused) == (40, 0) and "039.png" in _records(out, 128)
 
 
 def test_a_photograph_replaced_by_another_is_named(tmp_path, caplog):
