@@ -73,7 +73,7 @@ def _record(rng, bucket: str, number: int, height: int, width: int) -> dict:
 
 def start(folder: Path) -> dict[str, float]:
     """What a start and a resume take in this process, which does nothing else."""
-    from jaxdit import data
+    from jaxdit import data, order
 
     found: dict[str, float] = {"memory before, MB": _resident()}
     clock = time.perf_counter()
@@ -90,7 +90,7 @@ def start(folder: Path) -> dict[str, float]:
     found["memory of it, MB"] = _resident() - found["memory before, MB"]
     options = {"seed": 0, "micro_batch": MICRO_BATCH, "flip": 0.5}
     clock = time.perf_counter()
-    plan = iter(data.Plan(dataset.train, **options))
+    plan = iter(order.Plan(dataset.train, **options))
     next(plan)
     lap("first choice of rows, s")
     batches = data.training_batches(dataset, **options)

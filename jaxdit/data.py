@@ -1,16 +1,16 @@
-"""Shards to batches: one bucket a micro-batch, in an order that is a function of (seed, micro-batch) alone.
+"""Shards to batches: one bucket a micro-batch, in the order of `order.Plan`, which every process makes alike.
 
-Each bucket is an endless chain of permutations seeded by (seed, bucket, epoch), cut into micro-batches across the ends of
-epochs; buckets are drawn in proportion to their size by (seed, micro-batch). So the whole position is how many samples
-have been taken from each bucket: resume is O(1), nothing is dropped, and no bucket is too small. What is read is decided by
-a tiny planner that every process runs alike; Grain reads ahead behind it.
+Grain reads ahead behind it. A disk that fails for a moment is asked again; what stays unreadable is named.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import math
 import resource
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,22 +21,22 @@ import grain
 import numpy as np
 
 from encode import records
+from jaxdit import order
 
 TEXT_MULTIPLE = 64
 # Threads that read records, kept for good: array_record, asked for a batch, starts one a shard every time, and their fresh memory
 # cost a quarter of the processor time at 1024 and 190 MB at 256 (bench/results/loader-*.json, "ours before").
 READERS = 4
+AGAIN = (
+    0.1,
+    1.0,
+    10.0,
+)  # seconds before a record that cannot be read is asked for again: a network or USB disk may be back
 # What stays in memory of a record, with its row number (4 bytes more) 13 bytes; "check" is a sum over its pixel hash, by which a
 # damaged index is told.
 KEPT = np.dtype([("check", "<u4"), ("text_length", "<u2"), ("text_flip_length", "<u2"), ("flags", "u1")])
 HELD_OUT = 128  # a bit of "flags"
 MIXED = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)  # odd
-
-
-def generator(*parts: int | str) -> np.random.Generator:
-    """A random generator that is a function of its arguments, on every machine and in every process."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 def held_out(pixel_hashes: np.ndarray, fraction: float) -> np.ndarray:
@@ -246,13 +246,24 @@ class Dataset:
         return batch
 
     def records(self, bucket: str, rows: Sequence[int] | np.ndarray) -> Sequence[Mapping[str, Any]]:
-        """The raw records, as in encode.records."""
+        """The raw records, as in encode.records; where they cannot be read, the files are opened anew and asked again."""
+        for wait in AGAIN:
+            try:
+                return self._parsed(bucket, rows)
+            except Exception as error:
+                logging.warning("%s: a record cannot be read (%s); asked again in %g s.", self.path, error, wait)
+            time.sleep(wait)
+            with contextlib.suppress(records.DatasetError):
+                self._sources[bucket] = records.open_bucket(self.path, bucket)
         try:
-            source = self._sources[bucket]
-            arrays = {name: source.dataset_info.features[name] for name in records.ARRAYS}
-            return list(self._readers.map(lambda row: parse(source.data_source[int(row)], arrays), rows))
+            return self._parsed(bucket, rows)
         except Exception as error:
             raise records.DatasetError(self._name_damage(bucket, rows, error)) from error
+
+    def _parsed(self, bucket: str, rows: Sequence[int] | np.ndarray) -> Sequence[Mapping[str, Any]]:
+        source = self._sources[bucket]
+        arrays = {name: source.dataset_info.features[name] for name in records.ARRAYS}
+        return list(self._readers.map(lambda row: parse(source.data_source[int(row)], arrays), rows))
 
     def _agree(self, bucket: str, rows: np.ndarray, samples: Sequence[Mapping[str, Any]]) -> None:
         """An index has no checksum as a record has: a damaged one would flip what must not be, or hold out another image."""
@@ -277,7 +288,8 @@ class Dataset:
     def _name_damage(self, bucket: str, rows: np.ndarray, error: Exception) -> str:
         names = ", ".join(str(records.shard_path(self.path, bucket, shard)) for shard in self._shards(bucket, rows))
         return (
-            f"cannot read a record of {names}: {error}; python -m encode.doctor --data={self.path} --repair mends it."
+            f"cannot read a record of {names}: {error}. If its disk was away, the same command goes on; if this is a copy, copy "
+            f"the file again; python -m encode.doctor --data={self.path} --repair mends it where it was encoded."
         )
 
     def fixed_batches(
@@ -321,61 +333,6 @@ def _allow_open_files(shards: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-class Plan(grain.IterDataset):
-    """Endless requests (bucket, rows, flips), the pure order of the run; see the module docstring."""
-
-    def __init__(self, train: Mapping[str, np.ndarray], *, seed: int, micro_batch: int, flip: float):
-        super().__init__()
-        self.train = {name: rows for name, rows in sorted(train.items()) if len(rows)}
-        self.seed, self.micro_batch, self.flip = seed, micro_batch, flip
-
-    def __iter__(self) -> PlanIterator:
-        return PlanIterator(self)
-
-
-class PlanIterator(grain.DatasetIterator):
-    """State: the number of the next micro-batch and the samples taken from each bucket."""
-
-    def __init__(self, plan: Plan):
-        super().__init__()
-        self._plan = plan
-        self._micro_batch = 0
-        self._taken = dict.fromkeys(plan.train, 0)
-        self._permutations: dict[str, tuple[int, grain.MapDataset]] = {}
-
-    def __next__(self) -> dict[str, Any]:
-        plan = self._plan
-        names = list(plan.train)
-        sizes = np.array([len(plan.train[name]) for name in names])
-        rng = generator(plan.seed, "bucket", self._micro_batch)
-        name = names[int(np.searchsorted(np.cumsum(sizes), rng.integers(sizes.sum()), side="right"))]
-        rows = np.array([self._row(name, self._taken[name] + i) for i in range(plan.micro_batch)])
-        flips = generator(plan.seed, "flip", self._micro_batch).random(plan.micro_batch) < plan.flip
-        self._taken[name] += plan.micro_batch
-        self._micro_batch += 1
-        return {"bucket": name, "rows": rows, "flips": flips}
-
-    def _row(self, name: str, position: int) -> int:
-        rows = self._plan.train[name]
-        epoch, place = divmod(position, len(rows))
-        if self._permutations.get(name, (-1,))[0] != epoch:
-            seed = int(generator(self._plan.seed, name, epoch).integers(2**32))
-            # A permutation by arithmetic (Grain's index shuffle): no array of it, no pass over the data when an epoch begins.
-            self._permutations[name] = (epoch, grain.MapDataset.range(len(rows)).shuffle(seed=seed))
-        return int(rows[self._permutations[name][1][place]])
-
-    def get_state(self) -> dict[str, Any]:
-        return {"micro_batch": self._micro_batch, "taken": dict(self._taken)}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        if set(state["taken"]) != set(self._taken):
-            raise records.DatasetError(
-                f"the checkpoint was reading the buckets {sorted(state['taken'])}, the data set has "
-                f"{sorted(self._taken)}; resume with the data set that the run began with."
-            )
-        self._micro_batch, self._taken = int(state["micro_batch"]), {k: int(v) for k, v in state["taken"].items()}
-
-
 def training_batches(
     dataset: Dataset, *, seed: int, micro_batch: int, flip: float, places: np.ndarray | None = None, ahead: int = 8
 ):
@@ -389,7 +346,7 @@ def training_batches(
     Returns:
       A grain.DatasetIterator; get_state/set_state give and take the position after the last batch handed out.
     """
-    plan = Plan(dataset.train, seed=seed, micro_batch=micro_batch, flip=flip)
+    plan = order.Plan(dataset.train, seed=seed, micro_batch=micro_batch, flip=flip)
 
     def read(request):
         name, rows, flips = request["bucket"], request["rows"], request["flips"]

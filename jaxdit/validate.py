@@ -18,6 +18,7 @@ import logging
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,7 @@ import numpy as np
 from absl import flags
 
 from encode import commandline
-from encode.records import write_json
+from encode.records import InputError, write_json
 from jaxdit import advice, data, exhibits, gate_page, judge, mesh, model, origin, trained, update
 
 IMAGES, BATCH, GRADIENT_IMAGES = 100, 20, 32
@@ -282,7 +283,15 @@ def main() -> int:
     mesh.keep_programs()
     workdir = commandline.path_of(flags.FLAGS.workdir)
     out = commandline.path_of(flags.FLAGS.out or str(workdir / "gate"))
-    result = gate(workdir, out, flags.FLAGS.data)
+    try:
+        result = gate(workdir, out, flags.FLAGS.data)
+    except InputError:
+        raise
+    except Exception as error:  # Python's own code, 1, would say that the model failed
+        traceback.print_exc()
+        return commandline.fail(
+            f"the gate could not judge ({type(error).__name__}); of the model that says nothing.", 2
+        )
     print(f"The gate: {result['verdict']}. Look at {out / 'gate.html'}")
     if "reason" in result:
         print(result["reason"])

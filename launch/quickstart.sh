@@ -71,8 +71,10 @@ if done_for "$out/run/gate/step"; then
   grep -q '"verdict": "pass"' "$out/run/gate/gate.json" || code=1
   echo "== gate: step ${newest%% *} has been judged before"
 else
+  rm -f "$out/run/gate/gate.json" # of an earlier step
   stage "gate" $python -m jaxdit.validate --workdir="$out/run" || code=$?
   [ $code -le 1 ] || [ -n "$own" ] || exit $code
+  [ -e "$out/run/gate/gate.json" ] || exit $code
   echo "$newest" > "$out/run/gate/step"
 fi
 if ! done_for "$out/samples/step"; then

@@ -21,6 +21,7 @@ FLOORS = [
     {
         "boards",
         "past",
+        "order",
         "page",
         "decode_previews",
         "wishes",

@@ -28,7 +28,7 @@ from tiny_run import ROOT, WIDTHS, assert_same, command, curve, tiny, weights
 
 from encode import records
 from encode.records import InputError
-from jaxdit import attention, checkpoint, data, flow, metrics, model, optim, teller, train, trained, update
+from jaxdit import attention, checkpoint, data, flow, metrics, model, optim, order, teller, train, trained, update
 from tests.jaxdit.test_model import inputs, trained_like
 
 FLOW = {"mean": 0.0, "std": 1.0, "shift": 1.0, "drop_both": 0.1, "drop_text": 0.1, "drop_vision": 0.1}
@@ -683,7 +683,7 @@ def test_conditions_are_dropped_once_a_sample_whatever_is_flipped():
             return t, *flow.draw_dropout(keys[1], **shares)
 
         t, text, vision = (np.concatenate(parts) for parts in zip(*map(draw, range(steps))))
-        plan = iter(data.Plan({"a": np.arange(1000)}, seed=0, micro_batch=count, flip=options.flip))
+        plan = iter(order.Plan({"a": np.arange(1000)}, seed=0, micro_batch=count, flip=options.flip))
         flips = np.concatenate([next(plan)["flips"] for _ in range(steps)])
         shares = [(text & vision).mean(), (text & ~vision).mean(), (~text & vision).mean(), (~text & ~vision).mean()]
         np.testing.assert_allclose(shares, [0.1, 0.1, 0.1, 0.7], atol=0.005)
@@ -743,7 +743,7 @@ def test_five_epochs_hold_every_training_image_once_and_no_held_out_one(tmp_path
     count = len(train_rows)
     assert len(held_out) + count == 100 and 3 <= len(held_out) <= 20 and not train_rows & held_out
     for seed in (0, 1):
-        plan = data.Plan(dataset.train, seed=seed, micro_batch=7, flip=0.5)
+        plan = order.Plan(dataset.train, seed=seed, micro_batch=7, flip=0.5)
         rows, batches = [], iter(plan)
         while len(rows) < 5 * count:
             rows += next(batches)["rows"].tolist()

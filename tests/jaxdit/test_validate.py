@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,6 +141,17 @@ def test_padding_is_not_compared(passed, photographs):
 def test_nothing_to_judge_is_exit_code_2(tmp_path):
     done = run(f"--workdir={tmp_path}")
     assert done.returncode == 2 and "config.json is missing" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_gate_that_breaks_off_is_exit_code_2_not_a_failed_model(tmp_path, monkeypatch, capsys):
+    def out_of_memory(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(validate, "gate", out_of_memory)
+    monkeypatch.setattr(validate.flags, "FLAGS", SimpleNamespace(workdir=str(tmp_path), out=None, data=None))
+    assert validate.main() == 2
+    words = capsys.readouterr().err
+    assert "of the model that says nothing" in words and "RESOURCE_EXHAUSTED" in words
 
 
 def test_own_photographs_are_judged_by_effects_beyond_controls(photographs, tmp_path):
