@@ -28,7 +28,7 @@ from PIL import Image
 
 from encode import commandline
 from encode.records import InputError, only_one, publish
-from jaxdit import checkpoint, data, exam, exhibits, mesh, page, quality_page, trained
+from jaxdit import checkpoint, exam, exhibits, mesh, page, quality_page, trained
 from jaxdit.metrics import duration
 
 IMAGES = 500
@@ -65,19 +65,14 @@ def evaluate(
     """
     from encode import encoders
 
-    config, _ = trained.describe(workdir)
+    config, described = trained.describe(workdir)
     wanted = _steps(workdir, steps, raw)
-    options = config["data"]
-    dataset = data.Dataset(
-        data_path or options["path"],
-        holdout_fraction=options["holdout_fraction"],
-        normalize_vision=options["normalize_vision"],
-    )
+    dataset = exhibits.open_data(config, described, data_path)
     with only_one(out):
         scorer = _clip(clip)
         known = _fingerprint(
             {name: dataset.info[name] for name in ("fingerprint", "buckets", "latent_mean", "latent_std")},
-            [options["holdout_fraction"], config["flow"]["flip"]],
+            [config["data"]["holdout_fraction"], config["flow"]["flip"]],
         )
         asked = _fingerprint(VERSION, known, images, config["sample"], getattr(scorer, "hash", None))
         weights = "raw" if raw else "averaged"

@@ -82,6 +82,23 @@ def padding(record: Mapping[str, Any], shape: Sequence[int]) -> np.ndarray:
     return mask == 0 if mask.size else np.zeros(shape[:2], bool)
 
 
+def open_data(config: Mapping[str, Any], described: Mapping[str, Any], path: str | Path | None) -> data.Dataset:
+    """The images to judge on, those at `path` or those of the training, split and normalised as the model knows them.
+
+    Args:
+      config, described: the run's configuration and its copy of dataset.json; data that have grown since have other statistics.
+      path: OUT/RES; None: that of the training.
+    """
+    options = config["data"]
+    dataset = data.Dataset(
+        path or options["path"],
+        holdout_fraction=options["holdout_fraction"],
+        normalize_vision=options["normalize_vision"],
+    )
+    dataset.describe(dataset.info | {name: described[name] for name in ("latent_mean", "latent_std")})
+    return dataset
+
+
 def refuse_other_data(workdir: str | Path, run: trained.Trained, dataset: data.Dataset) -> None:
     """Raise InputError where the model was not trained on data of this kind."""
     if dataset.info["fingerprint"] != run.dataset["fingerprint"]:

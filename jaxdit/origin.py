@@ -63,8 +63,18 @@ def look(config: Any, dataset: Mapping[str, Any]) -> dict[str, Any]:
 def model_code() -> str:
     """A hash of the syntax of MODEL_CODE: comments and layout do not count, everything else does."""
     here = Path(__file__).parent
-    trees = [ast.dump(_without_docstrings(ast.parse((here / name).read_text()))) for name in MODEL_CODE]
+    trees = [_spelled(_without_docstrings(ast.parse((here / name).read_bytes()))) for name in MODEL_CODE]
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:16]
+
+
+def _spelled(node: Any) -> str:
+    """A syntax tree in words; ast.dump says the same tree otherwise in each version of Python."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_spelled, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+    return f"{type(node).__name__}({', '.join(f'{name}={_spelled(value)}' for name, value in fields)})"
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

@@ -139,8 +139,8 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     step, state, position = begin(config, workdir, fresh, optimizer, saver, shapes, devices)
     if position is not None:
         batches.set_state(position)
-    needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    processes.lead(lambda: folder.check_space(workdir, needed))
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))  # with one saved already, the next takes its place
+    processes.lead(lambda: folder.check_space(workdir, 1 if saver.steps() else 2, needed))
 
     known = json.loads(config.to_json_best_effort())
     log = metrics.Metrics(workdir, step, wandb=config.metrics.wandb, config=known) if processes.first() else None
@@ -301,7 +301,7 @@ def begin(config, workdir, fresh, optimizer, saver, shapes, devices):
     if restored is not None:
         step, rest, ema, kept = restored
         now = json.loads(config.to_json_best_effort())
-        folder.refuse_fixed(saver.folder / str(step), folder.changed_fields(kept["config"], now))
+        folder.refuse_fixed(saver.folder / str(step), folder.changed_fields(folder.as_of_now(kept["config"]), now))
         if kept.get("devices", mesh.describe(devices)) != mesh.describe(devices):
             logging.warning(
                 "Saved on %s, going on with %s: the samples and their order stay, but sums are rounded otherwise, so the run is "

@@ -156,12 +156,7 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
 
     began = time.monotonic()
     averaged = trained.load(workdir)
-    options = averaged.config["data"]
-    dataset = data.Dataset(
-        data_path or options["path"],
-        holdout_fraction=options["holdout_fraction"],
-        normalize_vision=options["normalize_vision"],
-    )
+    dataset = exhibits.open_data(averaged.config, averaged.dataset, data_path)
     exhibits.refuse_other_data(workdir, averaged, dataset)
     vae = encoders.load_vae(dataset.info["encoders"]["vae"])
     vision_encoder = exhibits.load_vision(dataset)

@@ -173,7 +173,7 @@ def claim(
             differences = changed_fields(before, now)
             refuse_fixed(other, differences)
             _record(workdir, differences)
-            copy = json.loads((other / "dataset.json").read_text())
+            copy = json.loads((other / "dataset.json").read_text(encoding="utf-8"))
             dataset = _same_data(other, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
         write_json(workdir / "dataset.json", dataset)
         write_json(workdir / "origin.json", start or {})
@@ -186,7 +186,7 @@ def claim(
     now["train"]["gate"] = before["train"]["gate"]  # looked at when the folder was begun, and never again
     differences = changed_fields(before, now)
     refuse_fixed(workdir, differences)
-    copy = json.loads((workdir / "dataset.json").read_text())
+    copy = json.loads((workdir / "dataset.json").read_text(encoding="utf-8"))
     dataset = _same_data(workdir, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
     if differences:
         _record(workdir, differences)
@@ -197,8 +197,11 @@ def claim(
 
 
 def _begun_with(path: Path) -> dict[str, Any]:
-    """A config.json; one from before there was a choice of optimizers had AdamW."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    return as_of_now(json.loads(path.read_text(encoding="utf-8")))
+
+
+def as_of_now(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration as it was kept; from before there was a choice of optimizers, it was AdamW."""
     config["optim"].setdefault("name", "adamw")
     return config
 
@@ -248,9 +251,9 @@ def _same_data(workdir: Path, copy: dict, data_path: Path, dataset: dict, accept
 
 
 def _is_growth(copy: dict, dataset: dict) -> bool:
-    """The same encoders and the same buckets, each with as many images as before or more."""
+    """The same encoders, and the same buckets or more, each with as many images as before or more."""
     old, new = copy["buckets"], dataset["buckets"]
-    same = all(copy[key] == dataset[key] for key in ("fingerprint", "widths")) and old.keys() == new.keys()
+    same = all(copy[key] == dataset[key] for key in ("fingerprint", "widths")) and old.keys() <= new.keys()
     return same and all(
         new[name]["latent"] == old[name]["latent"] and new[name]["count"] >= old[name]["count"] for name in old
     )
@@ -265,10 +268,11 @@ def changed_fields(before: Any, now: Any, prefix: str = "") -> list[tuple[str, A
     return [] if before == now else [(prefix, before, now)]
 
 
-def check_space(workdir: Path, needed: int) -> None:
-    """Refuse to begin where the disk does not hold so many bytes: the next two checkpoints."""
-    free = shutil.disk_usage(workdir).free
+def check_space(workdir: Path, count: int, size: int) -> None:
+    """Refuse to begin where the disk does not hold so many checkpoints of so many bytes: those that come next."""
+    free, needed = shutil.disk_usage(workdir).free, count * size
     if free < needed:
         raise InputError(
-            f"{workdir}: two checkpoints need {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room."
+            f"{workdir}: the next {'checkpoint needs' if count == 1 else f'{count} checkpoints need'} {needed / 1e9:.2f} GB, the "
+            f"disk has {free / 1e9:.2f} GB free; make room."
         )

@@ -183,11 +183,7 @@ def test_snapshots_outlive_the_resumable_steps(tmp_path):
     steps = list(range(5, 155, 5))
     saver = save_all(tmp_path, steps, every=10, keep=2)
     saver.close()
-    assert checkpoint.saved_steps(tmp_path, "state") == [
-        5,
-        145,
-        150,
-    ]  # the first of this half of the day, the newest two
+    assert checkpoint.saved_steps(tmp_path, "state") == [5, 145, 150]  # the first of this half-day, the newest two
     assert checkpoint.saved_steps(tmp_path, "ema") == [5, 60, 70, 80, 90, 100, 110, 120, 130, 140, 145, 150]
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert all(name.isdigit() for name in names)

@@ -1,3 +1,4 @@
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -113,6 +114,15 @@ def test_the_hash_sees_formulas_and_nothing_else(tmp_path, monkeypatch):
     assert origin.model_code() == before
     (tmp_path / "flow.py").write_text(text.replace(formula, "return (1 - t) * x0 - t * noise"))
     assert origin.model_code() != before
+
+
+def test_the_hash_is_the_same_in_every_version_of_python(monkeypatch):
+    """Each has fields of its own: 3.12 gave a function type_params."""
+    before = origin.model_code()
+    for kind in (ast.FunctionDef, ast.ClassDef):
+        monkeypatch.setattr(kind, "_fields", (*kind._fields, "of_a_later_version"))
+        monkeypatch.setattr(kind, "of_a_later_version", [], raising=False)
+    assert origin.model_code() == before
 
 
 def test_a_stage_inherits_the_gate_and_takes_the_newest_or_the_named_step(tmp_path):

@@ -55,8 +55,8 @@ def test_a_stage_killed_before_its_first_checkpoint_begins_with_the_same_weights
 
 def test_going_back_in_a_new_folder_is_the_same_run_from_that_step(path, undisturbed, tmp_path):
     steps = checkpoint.saved_steps(undisturbed, "state")
-    back = tiny(path, **{"train.restore": f"{undisturbed}@{steps[0]}"})
-    assert steps[0] == 18 and train.train(back, tmp_path / "run") == "done"
+    back = tiny(path, **{"train.restore": f"{undisturbed}@18"})
+    assert steps[-2:] == [18, 20] and train.train(back, tmp_path / "run") == "done"
     assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
     for raw in (False, True):
         assert_same(weights(tmp_path / "run", raw)[1], weights(undisturbed, raw)[1])
@@ -67,7 +67,7 @@ def test_going_back_may_change_the_learning_rate_but_not_the_model(path, undistu
     back = {"train.restore": f"{undisturbed}@18"}
     with pytest.raises(InputError, match=r"begun with train\.seed=0, now it is 1"):
         train.train(tiny(path, **back, **{"train.seed": 1}), tmp_path / "other")
-    with pytest.raises(InputError, match=r"no such step was saved with its state; it has 18, 20"):
+    with pytest.raises(InputError, match=r"no such step was saved with its state; it has .*18, 20"):
         train.train(tiny(path, **{"train.restore": f"{undisturbed}@7"}), tmp_path / "none")
     assert train.train(tiny(path, **back, **{"optim.peak_learning_rate": 1e-3}), tmp_path / "run") == "done"
     history = (tmp_path / "run" / "config_history.jsonl").read_text()

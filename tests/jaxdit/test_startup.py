@@ -87,7 +87,8 @@ def test_what_does_not_fit_is_said_before_it_fails(tmp_path):
 
 def test_the_disk_of_the_whole_run_is_told_and_missed_before_it_is_full(tmp_path):
     lines, warnings = screen(tmp_path, **{"train.total_steps": 450_000, "checkpoint.every": 5_000})
-    size = 40_562 * 4 * (4 * 3 + 10 + 9)  # two states and one in writing, the newest ten averages and one in 50,000
+    # Whole: two, one in writing, the first of three half-days. Averages alone: the newest ten, and one in 50,000.
+    size = 40_562 * 4 * (4 * 6 + 10 + 9)
     assert not warnings and any(f"{size / 1e9:,.1f} GB of checkpoints" in line for line in lines)
     long = {"train.total_steps": 450_000, "checkpoint.every": 5_000}
     assert not screen(tmp_path, room=size, **long)[1]
