@@ -30,9 +30,15 @@ def finish(context: Any, plan, jobs: Sequence[Any], parts: Sequence[Mapping], re
             records.finish_bucket(context.root(size), context.bucket(shape, size), context.spec(shape, size))
     names = [row[0] for part in parts for row in part["records"]]
     _write_lines(out / "unflipped.jsonl", _unflipped(context, plan, names))
-    page = report.build(context, plan, jobs, parts, refused, datasets)
-    (out / ".report.html.tmp").write_text(page, encoding="utf-8")
-    records.publish(out / ".report.html.tmp", out / "report.html")
+    try:
+        page = report.build(context, plan, jobs, parts, refused, datasets)
+    except Exception:  # what was encoded does not depend on a page about it
+        log.exception(
+            "The page cannot be drawn; the data set is complete without it, and the next call draws it again."
+        )
+    else:
+        (out / ".report.html.tmp").write_text(page, encoding="utf-8")
+        records.publish(out / ".report.html.tmp", out / "report.html")
     for size in config.resolutions:
         records.write_json(context.root(size) / "dataset.json", datasets[size])
 

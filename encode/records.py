@@ -239,6 +239,9 @@ def publish(temporary: Path, target: Path) -> None:
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as some network and user-space file systems answer
+            raise
     finally:
         os.close(folder)
 

@@ -23,6 +23,7 @@ import pebble
 from encode.images import ImageProblem
 
 TRIES = 2
+TOO_LARGE = 77  # exit code of a process whose file takes more memory than it may
 STARTING = 60.0  # seconds until the first process must be ready
 
 
@@ -98,7 +99,7 @@ class Workers:
         return pool
 
     def _submit(self, function: Callable, value: Any) -> tuple[Any, pebble.ProcessPool]:
-        return self._pool.schedule(_call, (function, value, self.memory), timeout=self.seconds), self._pool
+        return self._pool.schedule(_call, (function, value), timeout=self.seconds), self._pool
 
     def _result(self, function: Callable, value: Any, future, pool: pebble.ProcessPool) -> tuple[Any, Any]:
         for _ in range(TRIES):
@@ -108,6 +109,8 @@ class Workers:
                 problem = f"takes longer than config.decode_seconds={self.seconds:g} to decode"
             except pebble.ProcessExpired as error:
                 problem = f"the decoder died of it ({_cause(error.exitcode)})"
+                if error.exitcode == TOO_LARGE:
+                    problem = f"takes more than config.decode_memory={self.memory} MiB to decode"
             except BrokenProcessPool:
                 problem = "the processes that read pictures died with it"
                 if pool is self._pool:  # the first to notice starts them anew
@@ -138,11 +141,11 @@ def _limit(memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a folder full of core files helps nobody
 
 
-def _call(function: Callable, value: Any, memory: int) -> Any:
+def _call(function: Callable, value: Any) -> Any:
     """Runs in the process: the result, or why there is none."""
     try:
         return function(value)
     except ImageProblem as problem:
         return problem
     except MemoryError:
-        return ImageProblem(f"takes more than config.decode_memory={memory} MiB to decode")
+        os._exit(TOO_LARGE)  # what is kept here of files before counts, too: another process tries again

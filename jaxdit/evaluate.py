@@ -173,8 +173,11 @@ def _fingerprint(*parts: Any) -> str:
 def _state(workdir: Path, step: int, raw: bool) -> str:
     """Which save of this step it is: names (Orbax gives its files random ones) and sizes, without reading gigabytes."""
     folder = workdir / "checkpoints" / str(step) / ("state" if raw else "ema")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return _fingerprint([(str(path.relative_to(folder)), path.stat().st_size) for path in files])
+    try:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return _fingerprint([(str(path.relative_to(folder)), path.stat().st_size) for path in files])
+    except FileNotFoundError:  # a training beside this removes it
+        return ""
 
 
 def _only(out: Path, name: str) -> Path:

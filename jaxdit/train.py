@@ -165,6 +165,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     def save():
         """Everything that going on needs, in the background; the page is written anew."""
         nonlocal pending
+        jax.block_until_ready(state)  # the update in hand is training, not saving
         began = time.monotonic()
         if pending is not None:
             teller.tell(pending)
@@ -231,6 +232,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
                 last = step == config.train.total_steps
                 judged = owed or (config.train.eval_every and (step % config.train.eval_every == 0 or last))
                 if judged and processes.of_first(budget.allows("evaluation", last)):
+                    jax.block_until_ready(state)
                     began = time.monotonic()
                     found = heldout.evaluate(
                         judge,

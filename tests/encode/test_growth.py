@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encode import pipeline, plan, records, stats
+from encode import pipeline, plan, records, report, stats
 from tests.encode import fakes
 
 RESOLUTIONS = (128, 256)
@@ -272,6 +272,16 @@ def test_a_picture_that_could_not_be_read_is_tried_again_when_it_can(tmp_path):
     away.rename(images / "039.png")
     summary = _run(images, out, **changes)
     assert (summary.encoded, summary.refused) == (40, 0) and "039.png" in _records(out, 128)
+
+
+def test_a_page_that_cannot_be_drawn_keeps_no_data_set_back(tmp_path, monkeypatch, caplog):
+    images, out = fakes.photographs(tmp_path / "in", 4), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "build", lambda *_: 1 / 0)
+        assert _run(images, out).encoded == 4
+    assert "ZeroDivisionError" in caplog.text and not (out / "report.html").exists()
+    assert records.load_dataset(out / "256")["count"] == 4
+    assert _run(images, out).encoded == 4 and (out / "report.html").exists()
 
 
 def test_a_photograph_replaced_by_another_is_named(tmp_path, caplog):

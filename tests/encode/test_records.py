@@ -1,5 +1,7 @@
 """The record contract: what is written comes back, what does not fit is refused, nothing is half published."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -121,6 +123,21 @@ def test_a_disk_that_swallows_bytes_publishes_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         records.write_shard(tmp_path, "48x32", 0, [_record()], SPEC)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("answer", [errno.EINVAL, errno.EIO])
+def test_a_file_system_that_cannot_sync_a_folder_will_do_and_a_failing_one_not(tmp_path, monkeypatch, answer):
+    sync = os.fsync
+
+    def of_files_alone(number):
+        if os.path.isdir(f"/proc/self/fd/{number}"):
+            raise OSError(answer, os.strerror(answer))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    with contextlib.nullcontext() if answer == errno.EINVAL else pytest.raises(OSError, match="Input/output"):
+        records.write_json(tmp_path / "x.json", {"a": 1})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
 def test_the_index_is_published_after_its_shard(tmp_path, monkeypatch):

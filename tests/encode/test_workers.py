@@ -13,6 +13,7 @@ from encode.images import ImageProblem
 from encode.workers import Workers
 
 ROOT = Path(__file__).resolve().parents[2]
+KEPT = []
 
 
 def act(word):
@@ -23,6 +24,8 @@ def act(word):
         return sum(range(10**12))
     if word == "grow":
         return len(bytearray(2 * 2**30))
+    if word.startswith("keep"):  # 300 MiB, as a library's cache does
+        KEPT.append(bytearray(300 * 2**20))
     if word == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if word == "exit":
@@ -71,6 +74,12 @@ def test_a_bad_file_is_named_and_the_others_go_on(workers, word, reason):
     assert isinstance(found[word], ImageProblem)
     assert str(found[word]).startswith(reason)
     assert all(found[other] == other * 2 for other in words if other != word)
+
+
+def test_what_a_process_kept_of_files_before_is_not_the_next_ones_fault():
+    with Workers(1, seconds=30, memory=512) as alone:
+        words = ["keep1", "keep2", "keep3"]
+        assert list(alone.map(act, words, 1)) == [(word, word * 2) for word in words]
 
 
 def test_many_bad_files_in_a_row(workers):
