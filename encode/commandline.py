@@ -186,5 +186,11 @@ def refuse_url(field: str, value: str) -> None:
 
 
 def path_of(folder: str) -> Path:
-    """A path as a person writes it, ~ included."""
+    """A path as a person writes it, ~ included.
+
+    Raises:
+      InputError: an empty word, which would mean the folder one stands in.
+    """
+    if not folder:
+        raise InputError("the name of a folder or file is empty; is a variable of the shell not set?")
     return Path(folder).expanduser()

@@ -333,7 +333,8 @@ def test_contradictions_are_refused_before_anything_is_written(path, tmp_path, c
     ("argument", "words"),
     [
         ("--config.train.total_step=200", "total_steps"),
-        ("--config.modle.layers=2", "model"),
+        ("--config.modle.layers=2", "configs/quickstart.py has no such field; the nearest is 'model"),
+        ("--workdir=", "name of a folder or file is empty"),
         ("--config.train.total_steps=many", "total_steps"),
         ("--config=configs/nothing.py", "configs/nothing.py"),
         ("--config=configs/full.py:99", "choose 256, 512, 1024"),
@@ -349,6 +350,11 @@ def test_what_the_command_line_does_not_know_is_one_sentence_and_exit_code_2(tmp
     )
     assert done.returncode == 2
     assert words in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") <= 3
+
+
+def test_a_flag_that_is_missing_is_named():
+    done = subprocess.run([sys.executable, "-m", "jaxdit.main"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "Error: --workdir is missing; --help says what it is for.\n"
 
 
 @pytest.fixture(scope="module")
