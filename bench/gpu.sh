@@ -47,6 +47,7 @@ if [ -n "$given" ] && ! given="$(command -v "$given")"; then
   echo "Error: --python: no such program." >&2
   exit 2
 fi
+[ -z "$given" ] || given="$(cd "$(dirname "$given")" && pwd)/$(basename "$given")"
 
 if [ -n "$given" ]; then
   python="$given"

@@ -239,14 +239,17 @@ def _sums(record: Mapping[str, Any]) -> list[stats.Partial]:
 
 
 def _strange_bytes(path: Path, raws: Sequence[bytes]) -> int:
-    """Bytes that differ from what the writer makes of the same records; 0 where this version writes in another way."""
-    with tempfile.TemporaryDirectory() as folder:
-        again = Path(folder) / "again"
-        writer = ArrayRecordWriter(str(again), "group_size:1")
-        for raw in raws:
-            writer.write(raw)
-        writer.close()
-        ours, theirs = (np.fromfile(file, np.uint8) for file in (path, again))
+    """Bytes that differ from what the writer makes of the same records; 0 where it writes in another way, or cannot."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            again = Path(folder) / "again"
+            writer = ArrayRecordWriter(str(again), "group_size:1")
+            for raw in raws:
+                writer.write(raw)
+            writer.close()
+            ours, theirs = (np.fromfile(file, np.uint8) for file in (path, again))
+    except (OSError, RuntimeError):  # the temporary folder is full, of which ArrayRecord says the latter
+        return 0
     if len(ours) != len(theirs):
         return 0
     differing = int((ours != theirs).sum())

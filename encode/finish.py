@@ -32,10 +32,11 @@ def finish(context: Any, plan, jobs: Sequence[Any], parts: Sequence[Mapping], re
     _write_lines(out / "unflipped.jsonl", _unflipped(context, plan, names))
     try:
         page = report.build(context, plan, jobs, parts, refused, datasets)
-    except Exception:  # what was encoded does not depend on a page about it
-        log.exception(
-            "The page cannot be drawn; the data set is complete without it, and the next call draws it again."
-        )
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # nothing encoded depends on the page
+        log.exception("The page cannot be drawn; the data set is complete without it, and the next call tries again.")
+        (out / "report.html").unlink(missing_ok=True)
     else:
         (out / ".report.html.tmp").write_text(page, encoding="utf-8")
         records.publish(out / ".report.html.tmp", out / "report.html")

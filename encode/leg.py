@@ -32,6 +32,11 @@ def disk_full(out: Path) -> str:
     )
 
 
+def out_of_memory(error: Exception) -> bool:
+    """MemoryError, torch.OutOfMemoryError, or the RuntimeError that some drivers raise instead."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+
+
 def say_problems(when: str, rows: Sequence[Mapping[str, str]]) -> None:
     """One line however many there are."""
     if rows:

@@ -168,7 +168,7 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
         for part in sorted((out / "parts").glob("[!.]*.json")):
             with contextlib.suppress(InputError):  # a damaged one is named when its turn comes
                 parts.append(read_part(part))
-        again = plan_rules.retried(config, plan, parts)
+        again = plan_rules.retried(config, plan, parts, collection)
         new = plan_rules.added(config, folder, out, plan, collection, again)
         if not new:
             return plan

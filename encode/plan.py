@@ -101,15 +101,14 @@ def _is_gone(folder: Path) -> bool:
         return True
 
 
-def retried(config: Any, plan: Mapping, parts: Sequence[Mapping]) -> set[str]:
+def retried(config: Any, plan: Mapping, parts: Sequence[Mapping], collection: Collection) -> set[str]:
     """Ids of pictures that were refused for what is no longer so: they could not be read, or took more than
     config.decode_seconds or decode_memory, which are larger today."""
     limits: dict[tuple[str, str], float] = {}
     rows = [*plan["unfit"], *(row for part in parts for row in part["quarantine"])]
     last = {row["file"]: row["reason"] for row in rows}
-    again = {
-        name for name, reason in last.items() if reason.startswith(images.ImageProblem.unread) and _reads(config, name)
-    }
+    unread = {name for name, reason in last.items() if reason.startswith(images.ImageProblem.unread)}
+    again = {item.id for item in collection.items if item.id in unread and _reads(item, config.vision.precomputed)}
     for row in rows:
         if found := re.search(r"config\.(decode_seconds|decode_memory)=([\d.]+)", row["reason"]):
             key = row["file"], found[1]
@@ -118,11 +117,15 @@ def retried(config: Any, plan: Mapping, parts: Sequence[Mapping]) -> set[str]:
     return again.union(name for (name, field), limit in limits.items() if limit < config[field]) - encoded
 
 
-def _reads(config: Any, name: str) -> bool:
+def _reads(item: Item, vectors: bool) -> bool:
+    if vectors and item.vision is None:
+        return False
     try:
-        with open(Path(config.images).expanduser() / name, "rb") as file:
-            while file.read(1 << 22):
-                pass
+        for path in [item.path, item.vision, item.vision_flip] if vectors else [item.path]:
+            if path is not None:
+                with open(path, "rb") as file:
+                    while file.read(1 << 22):
+                        pass
     except OSError:
         return False
     return True

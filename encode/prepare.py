@@ -162,7 +162,9 @@ def read_vector(path: Path | None, width: int | None = None) -> np.ndarray:
             else np.load(path, allow_pickle=False)
         )
         vector = np.asarray(value, np.float32)
-    except (OSError, ValueError, TypeError, EOFError, KeyError, RecursionError) as error:
+    except OSError as error:
+        raise VectorProblem(f"{images.ImageProblem.unread}{path.name}: {error.strerror or error}") from error
+    except (ValueError, TypeError, EOFError, KeyError, RecursionError) as error:
         raise VectorProblem(f"{path.name}: no vector can be read ({error})") from error
     if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
         raise VectorProblem(f"{path.name}: a vector of finite numbers is wanted, found shape {list(vector.shape)}")

@@ -370,7 +370,11 @@ def open_bucket(root: Path, bucket: str):
       DatasetError: a shard is missing, cut or holds another number of records than its index; the message names it.
     """
     folder = bucket_folder(root, bucket)
-    for shard in range(len(list(Path(root).glob(f"index-{bucket}-*.npy")))):
+    try:
+        shards = len(list(Path(root).glob(f"index-{bucket}-*.npy")))
+    except OSError as error:
+        raise DatasetError(f"{root}: the folder cannot be read ({error.strerror}).") from error
+    for shard in range(shards):
         path, wanted = shard_path(root, bucket, shard), len(read_index(root, bucket, shard))
         found = _count(path)
         if found != wanted:

@@ -20,7 +20,7 @@ import numpy as np
 
 from encode import buckets, captions, images, prepare, records, stats
 from encode import plan as plan_rules
-from encode.leg import Progress, Speed
+from encode.leg import Progress, Speed, out_of_memory
 from encode.plan import Stopped, WorkFailed
 from encode.source import Item, Problem
 from encode.workers import Workers
@@ -232,18 +232,13 @@ def _in_halves(context: Context, what: str, encode: Callable, inputs: Any) -> li
     try:
         return list(encode(inputs))
     except Exception as error:
-        if len(inputs) == 1 or not _out_of_memory(error):
+        if len(inputs) == 1 or not out_of_memory(error):
             raise
     context.fits[what] = len(inputs) // 2
     log.warning("%s: out of memory with %d at a time; going on with %d.", what, len(inputs), len(inputs) // 2)
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
     return _in_halves(context, what, encode, inputs)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """MemoryError, torch.OutOfMemoryError, or the RuntimeError that some drivers raise instead."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
 
 
 def _finite(values: Any) -> np.ndarray:

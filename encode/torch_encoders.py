@@ -14,6 +14,7 @@ import torch
 
 from encode import weights
 from encode.devices import Attention, DeviceEncoder, choose
+from encode.leg import out_of_memory
 from encode.prepare import Resizing
 from encode.records import InputError
 
@@ -107,14 +108,15 @@ class FluxVAE(DeviceEncoder):
           [b, 8h, 8w, 3] uint8 sRGB.
         """
         area = 64 * latents.shape[1] * latents.shape[2]
-        if tiled is None:
-            try:
-                values = self._decode_all(latents, area, area > WHOLE_PIXELS)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                values = self._decode_all(latents, area, True)
-        else:
-            values = self._decode_all(latents, area, tiled)
+        values = None
+        try:
+            values = self._decode_all(latents, area, area > WHOLE_PIXELS if tiled is None else tiled)
+        except Exception as error:
+            if tiled is not None or not out_of_memory(error):
+                raise
+        if values is None:  # not within the except, where what failed still holds its memory
+            torch.cuda.empty_cache()
+            values = self._decode_all(latents, area, True)
         self._proven(values)
         return np.clip(np.round((values + 1) * 127.5), 0, 255).astype(np.uint8)
 

@@ -24,6 +24,7 @@ from encode.images import ImageProblem
 
 TRIES = 2
 TOO_LARGE = 77  # exit code of a process whose file takes more memory than it may
+half = 0  # bytes of addresses, in a process that decodes: half of what it may take is taken
 STARTING = 60.0  # seconds until the first process must be ready
 
 
@@ -129,6 +130,7 @@ def _cause(exitcode: int | None) -> str:
 
 def _limit(memory: int) -> None:
     """Runs once in each process."""
+    global half
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a decoder stuck in C code would never see Python's handler
     try:
         with open("/proc/self/statm") as file:
@@ -136,16 +138,39 @@ def _limit(memory: int) -> None:
     except OSError:  # not Linux
         present = 2**30
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = present + memory
+    limit, half = present + memory, present + memory // 2
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a folder full of core files helps nobody
 
 
 def _call(function: Callable, value: Any) -> Any:
     """Runs in the process: the result, or why there is none."""
+    before = _peak()
     try:
         return function(value)
     except ImageProblem as problem:
-        return problem
+        if not _lacked_memory(problem, before):
+            return problem
+        os._exit(TOO_LARGE)
     except MemoryError:
         os._exit(TOO_LARGE)  # what is kept here of files before counts, too: another process tries again
+
+
+def _lacked_memory(problem: ImageProblem, before: int) -> bool:
+    """Whether a picture seems damaged because its decoder had too little memory: few of them say so by MemoryError.
+
+    libjpeg's "broken data stream" is either; it is taken for want of memory where the process grew past half of its limit.
+    """
+    words = str(problem.__cause__ or "").lower()
+    if any(word in words for word in ("memory", "alloc")):
+        return True
+    return str(problem).startswith(("damaged", "truncated")) and _peak() > max(before, half)
+
+
+def _peak() -> int:
+    """The most bytes of addresses that this process has had; 0 where Linux does not say."""
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmPeak"))
+    except (OSError, StopIteration):
+        return 0

@@ -44,8 +44,7 @@ class Checkpoints:
       every: distance of the EMA snapshots, in steps.
       keep: number of newest steps that stay resumable.
 
-    Of many processes each writes and reads its part; all call save, wait, landed and restore alike, and what fails in one
-    fails in all.
+    Of many processes each writes and reads its part; all call alike, and what fails in one fails in all.
     """
 
     def __init__(self, workdir: str | Path, *, every: int, keep: int):
@@ -82,6 +81,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.failures:  # on a full disk, the half that was written is what this save needs
             self._sweep()
+        if shutil.disk_usage(self.folder).free < needed:
+            self._prune(half_days=0)  # going on matters more than a way back
         if (free := shutil.disk_usage(self.folder).free) < needed:
             raise OSError(f"it takes {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free")
         if self._complete(step):
@@ -129,8 +130,7 @@ class Checkpoints:
             logging.error("%s The run goes on and tries again.", message)
 
     def _last_good(self) -> str:
-        complete = self._resumable()
-        last = f"step {complete[-1]}" if complete else "none"
+        last = next((f"step {step}" for step in reversed(self._resumable())), "none")
         return f"The last complete one is {last}; make room or mend the disk, and start again to go on."
 
     def close(self) -> None:
@@ -192,11 +192,11 @@ class Checkpoints:
             for leftover in self.folder.glob(leftovers):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def _prune(self) -> None:
+    def _prune(self, half_days: int = HALF_DAYS) -> None:
         resumable = self._resumable()  # one that lost a part must not push a whole one out
         snapshots = [step for step in self.steps("ema") if step % self.every == 0]
         first = {(self.folder / str(step)).stat().st_mtime // 43_200: step for step in reversed(resumable)}
-        whole = {*resumable[-self.keep :], *[step for _, step in sorted(first.items())[-HALF_DAYS:]]}
+        whole = {*resumable[-self.keep :], *[step for _, step in sorted(first.items(), reverse=True)[:half_days]]}
         wanted = whole.union(snapshots[-SNAPSHOTS:], (step for step in snapshots if step % LONG_INTERVAL == 0))
         for step in self.steps("ema"):
             if step not in wanted:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import logging
 import math
+import os
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +28,9 @@ TEXT_MULTIPLE = 64
 # Threads that read records, kept for good: array_record, asked for a batch, starts one a shard every time, and their fresh memory
 # cost a quarter of the processor time at 1024 and 190 MB at 256 (bench/results/loader-*.json, "ours before").
 READERS = 4
-AGAIN = (
-    0.1,
-    1.0,
-    10.0,
-)  # seconds before a record that cannot be read is asked for again: a network or USB disk may be back
+# Seconds before a record that cannot be read is asked for again. Those beyond PATIENCE only where all of the data set is away: a
+# network or USB disk may come back.
+AGAIN, PATIENCE = (0.1, 1.0, 10.0, 60.0, 300.0), 10.0
 # What stays in memory of a record, with its row number (4 bytes more) 13 bytes; "check" is a sum over its pixel hash, by which a
 # damaged index is told.
 KEPT = np.dtype([("check", "<u4"), ("text_length", "<u2"), ("text_flip_length", "<u2"), ("flags", "u1")])
@@ -130,6 +129,10 @@ def _messages(view: memoryview) -> Iterator[memoryview]:
 def denormalize(latent: np.ndarray, dataset: Mapping[str, Any]) -> np.ndarray:
     """Undo the normalisation of `Dataset.read`: what the image decoder takes."""
     return latent * np.asarray(dataset["latent_std"], np.float32) + np.asarray(dataset["latent_mean"], np.float32)
+
+
+class ReadFailed(records.DatasetError):
+    """A record of a data set that was opened cannot be read: the disk failed or is away, which is no wrong call."""
 
 
 class Dataset:
@@ -246,19 +249,23 @@ class Dataset:
         return batch
 
     def records(self, bucket: str, rows: Sequence[int] | np.ndarray) -> Sequence[Mapping[str, Any]]:
-        """The raw records, as in encode.records; where they cannot be read, the files are opened anew and asked again."""
-        for wait in AGAIN:
+        """The raw records, as in encode.records; where they cannot be read, the files are opened anew and asked again.
+
+        Raises:
+          ReadFailed: in vain; at once where a file is damaged, after minutes where the disk is away.
+        """
+        waits = iter(AGAIN)
+        while True:
             try:
                 return self._parsed(bucket, rows)
             except Exception as error:
+                wait = next(waits, None)
+                if wait is None or (wait > PATIENCE and os.path.exists(self.path / "dataset.json")):
+                    raise ReadFailed(self._name_damage(bucket, rows, error)) from error
                 logging.warning("%s: a record cannot be read (%s); asked again in %g s.", self.path, error, wait)
             time.sleep(wait)
             with contextlib.suppress(records.DatasetError):
                 self._sources[bucket] = records.open_bucket(self.path, bucket)
-        try:
-            return self._parsed(bucket, rows)
-        except Exception as error:
-            raise records.DatasetError(self._name_damage(bucket, rows, error)) from error
 
     def _parsed(self, bucket: str, rows: Sequence[int] | np.ndarray) -> Sequence[Mapping[str, Any]]:
         source = self._sources[bucket]
@@ -286,7 +293,10 @@ class Dataset:
         return sorted({int(np.searchsorted(ends, row, side="right")) for row in rows})
 
     def _name_damage(self, bucket: str, rows: np.ndarray, error: Exception) -> str:
-        names = ", ".join(str(records.shard_path(self.path, bucket, shard)) for shard in self._shards(bucket, rows))
+        try:
+            names = ", ".join(str(records.shard_path(self.path, bucket, shard)) for shard in self._shards(bucket, rows))
+        except records.DatasetError:  # the whole folder is away
+            names = str(records.bucket_folder(self.path, bucket))
         return (
             f"cannot read a record of {names}: {error}. If its disk was away, the same command goes on; if this is a copy, copy "
             f"the file again; python -m encode.doctor --data={self.path} --repair mends it where it was encoded."

@@ -151,9 +151,9 @@ def refuse_strangers(out: Path) -> None:
     changed = []
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
-        if path.is_dir() or "__pycache__" in path.parts or name.endswith(MARK):
+        if path.is_dir() or "__pycache__" in path.parts or name in (MARK, f"model/{MARK}"):
             continue
-        if name not in files or (path.suffix != ".safetensors" and _sha256(path) != files[name]):
+        if name not in files or _sha256(path) != files[name]:
             changed.append(name)
     if changed:
         raise InputError(

@@ -192,10 +192,9 @@ def _encode(folder: Path, prompts: Sequence[str], references: Sequence[str]) -> 
 
 
 def _run(info: Mapping[str, Any]) -> str:
-    """What is fixed for the life of a working folder, growth of the data included."""
+    """What is fixed for the life of a working folder, growth of the data included, which may bring a bucket."""
     fixed = {name: info[name] for name in ("fingerprint", "widths", "latent_mean", "latent_std")}
-    words = json.dumps({**fixed, "buckets": sorted(info["buckets"])}, sort_keys=True)
-    return hashlib.sha256(words.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 def _asked(config: Any) -> str:

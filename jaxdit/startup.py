@@ -83,7 +83,7 @@ def describe(config, dataset, settings, shapes, origin, memory: int, room: int) 
         ),
         memory_line(config, dataset, settings, shapes, memory),
         f"Disk       {disk(config, shapes) / 1e9:,.1f} GB of checkpoints at the most: {config.checkpoint.keep} to go on from, "
-        f"one being written, and averaged weights; {room / 1e9:,.1f} GB can be used.",
+        f"{checkpoint.HALF_DAYS} to go back to, one being written, and averaged weights; {room / 1e9:,.1f} GB can be used.",
     ]
     for name, words in (("init_from", "Weights"), ("restore", "Goes back")):
         if name in origin:

@@ -276,12 +276,14 @@ def test_a_picture_that_could_not_be_read_is_tried_again_when_it_can(tmp_path):
 
 def test_a_page_that_cannot_be_drawn_keeps_no_data_set_back(tmp_path, monkeypatch, caplog):
     images, out = fakes.photographs(tmp_path / "in", 4), tmp_path / "out"
+    _run(images, out)
+    _add(images, 4, 2)
     with monkeypatch.context() as patch:
         patch.setattr(report, "build", lambda *_: 1 / 0)
-        assert _run(images, out).encoded == 4
+        assert _run(images, out).encoded == 6
     assert "ZeroDivisionError" in caplog.text and not (out / "report.html").exists()
-    assert records.load_dataset(out / "256")["count"] == 4
-    assert _run(images, out).encoded == 4 and (out / "report.html").exists()
+    assert records.load_dataset(out / "256")["count"] == 6
+    assert _run(images, out).encoded == 6 and (out / "report.html").exists()
 
 
 def test_a_photograph_replaced_by_another_is_named(tmp_path, caplog):

@@ -7,8 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from encode import images
 from encode.images import ImageProblem
 from encode.workers import Workers
 
@@ -38,6 +41,10 @@ def act(word):
             path.touch()
             os.kill(os.getpid(), signal.SIGKILL)
     return word * 2
+
+
+def pixels(path):
+    return images.decode(path, 10**9).shape
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +87,18 @@ def test_what_a_process_kept_of_files_before_is_not_the_next_ones_fault():
     with Workers(1, seconds=30, memory=512) as alone:
         words = ["keep1", "keep2", "keep3"]
         assert list(alone.map(act, words, 1)) == [(word, word * 2) for word in words]
+
+
+@pytest.mark.parametrize(("name", "options"), [("a.jpg", {"progressive": True}), ("a.jp2", {})])
+def test_too_little_memory_is_not_called_damage_whatever_the_decoder_says(tmp_path, name, options):
+    noise = np.random.default_rng(0).integers(0, 256, (75, 100, 3), np.uint8)
+    Image.fromarray(noise).resize((2400, 1800), Image.Resampling.NEAREST).save(tmp_path / name, **options)
+    (tmp_path / f"cut-{name}").write_bytes((tmp_path / name).read_bytes()[:20_000])
+    for memory, reason in (30, "takes more than config.decode_memory=30 MiB"), (1000, ""):
+        with Workers(1, seconds=30, memory=memory) as alone:
+            whole, cut = (found for _, found in alone.map(pixels, [tmp_path / name, tmp_path / f"cut-{name}"], 1))
+            assert str(whole).startswith(reason) if reason else whole == (1800, 2400, 3)
+            assert reason or str(cut).startswith(("truncated", "damaged")), cut
 
 
 def test_many_bad_files_in_a_row(workers):

@@ -214,6 +214,18 @@ def test_trouble_seen_a_day_late_has_a_step_to_go_back_to(tmp_path, hours):
     saver.close()
 
 
+def test_a_disk_that_is_short_gives_up_the_way_back_before_a_save(tmp_path, monkeypatch):
+    saver = save_all(tmp_path, range(10, 60, 10), every=10**6, keep=2)
+    assert checkpoint.saved_steps(tmp_path, "state")[0] == 10
+    usage = shutil.disk_usage
+    small = lambda folder: usage(folder)._replace(free=0 if (saver.folder / "10").exists() else 10**9)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", small)
+    saver.save(60, *state_of(60.0), {})
+    saver.landed(60)
+    saver.close()
+    assert checkpoint.saved_steps(tmp_path, "state") == [40, 50, 60]  # the next save takes the 40 away
+
+
 def test_a_save_that_fails_at_once_is_told_and_the_third_in_a_row_is_an_error(tmp_path, caplog):
     saver = checkpoint.Checkpoints(tmp_path, every=10, keep=2)
     (tmp_path / "checkpoints").write_text("in the way")

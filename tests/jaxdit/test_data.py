@@ -254,6 +254,40 @@ def test_a_disk_that_was_away_is_asked_again_and_its_files_opened_anew(tmp_path,
     assert len(set(map(id, asked))) == fails + 1
 
 
+@pytest.mark.parametrize("back", [True, False])
+def test_a_data_set_that_is_away_is_waited_for_and_a_damaged_one_is_not(tmp_path, monkeypatch, back):
+    make_data.dataset(tmp_path / "64", {"64x64": 8})
+    dataset, slept = data.Dataset(tmp_path / "64"), []
+    arguments = "64x64", np.arange(4), np.zeros(4, bool)
+    wanted, parsed = dataset.read(*arguments), data.Dataset._parsed
+
+    def failing(self, bucket, rows):
+        if not (tmp_path / "64" / "dataset.json").exists() or not back:
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        return parsed(self, bucket, rows)
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if seconds == 300:
+            (tmp_path / "away").rename(tmp_path / "64")
+
+    monkeypatch.setattr(data.Dataset, "_parsed", failing)
+    monkeypatch.setattr(data, "AGAIN", (0.1, 60.0, 300.0))
+    monkeypatch.setattr(data.time, "sleep", sleep)
+    if back:
+        (tmp_path / "64").rename(tmp_path / "away")
+        np.testing.assert_array_equal(dataset.read(*arguments)["latent"], wanted["latent"])
+        assert slept == [0.1, 60.0, 300.0]
+    else:
+        with pytest.raises(data.ReadFailed, match=r"array_record-00000.*not connected.*If its disk was away"):
+            dataset.read(*arguments)
+        assert slept == [0.1]
+        (tmp_path / "64").rename(tmp_path / "away")
+        monkeypatch.setattr(data, "AGAIN", (0.1,))
+        with pytest.raises(data.ReadFailed, match=r"a record of .*64/64x64.*not connected"):
+            dataset.read(*arguments)
+
+
 @pytest.mark.parametrize("damage", ["cut", "missing"])
 def test_a_shard_that_cannot_be_opened_is_named_before_anything_is_read(tmp_path, damage):
     make_data.dataset(tmp_path / "64", {"64x64": 8, "48x80": 3})

@@ -232,6 +232,8 @@ def test_a_workdir_that_is_in_use_is_not_imported_into(exported, workdir):
     [
         (lambda folder: (folder / "mine.txt").write_text("x"), "mine.txt would be lost"),
         (lambda folder: (folder / "README.md").write_text("license: mit"), "README.md would be lost"),
+        (lambda folder: (folder / "my-export.json").write_text("{}"), "my-export.json would be lost"),
+        (lambda folder: flip_a_bit(folder), "diffusion_pytorch_model.safetensors would be lost"),
         (lambda folder: (folder / export.MARK).unlink(), "no export.json, so it is no export of ours"),
     ],
 )

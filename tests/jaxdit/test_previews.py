@@ -189,7 +189,7 @@ def kept(run):
 def test_a_run_keeps_its_set_whatever_becomes_of_data_and_configuration(begin, dataset, tmp_path, caplog):
     first = begin()
     before = kept(first)
-    grown = encode(tmp_path / "64", {name: count + 5 for name, count in COUNTS.items()}, seed=1)
+    grown = encode(tmp_path / "64", {name: count + 5 for name, count in COUNTS.items()} | {"64x96": 2}, seed=1)
     grown.describe(grown.info | {name: dataset.info[name] for name in ("latent_mean", "latent_std")})
     grown.records = None  # not looked into
     again = begin(grown)
