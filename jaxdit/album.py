@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import re
 import shlex
@@ -17,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from encode.records import publish
+from encode.records import InputError, publish
 from jaxdit.wishes import Wish
 
 LONGEST = 48  # signs of a prompt in a file's name
+DECIDE = ("fingerprint", "latent_mean", "latent_std", "widths", "text_longest")  # of dataset.json
 FILES = ("config.json", "dataset.json")  # what a working folder says of its model
 
 
@@ -80,8 +82,31 @@ def read_settings(path: Path) -> dict[str, str] | None:
 
 
 def config_hash(workdir: Path) -> str:
-    """16 hexadecimal characters of what a working folder says of its model and data."""
-    return hashlib.sha256(b"\0".join((workdir / name).read_bytes() for name in FILES)).hexdigest()[:16]
+    """16 hexadecimal characters of what decides a picture in a working folder's config.json and dataset.json.
+
+    Not where the data lie or how long the training is to go on, which change.
+    """
+    config, dataset = (json.loads((workdir / name).read_text(encoding="utf-8")) for name in FILES)
+    decides = [config["model"], config["data"]["normalize_vision"], {name: dataset.get(name) for name in DECIDE}]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def refuse_others(out: Path) -> None:
+    """Pictures find names of their own; the list and the sheet have one each, and replace nobody else's.
+
+    Raises:
+      InputError: names what is in the way.
+    """
+    try:
+        rows = json.loads((out / "samples.json").read_text(encoding="utf-8"))
+        ours = isinstance(rows, list) and all(isinstance(row, dict) and "file" in row for row in rows)
+    except (OSError, ValueError):
+        ours = False
+    for name in ("samples.json", "sheet.png"):
+        if not ours and (out / name).exists():
+            raise InputError(
+                f"--out={out}: {name} there is not of jaxdit.sample, and would be replaced; name another folder."
+            )
 
 
 def settings_of(wish: Wish, hashes: Mapping[str, str], common: Mapping[str, str]) -> dict[str, str]:

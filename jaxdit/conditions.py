@@ -321,7 +321,7 @@ class _Work:
         try:
             self.found[kind, name] = look()
         except (images.ImageProblem, OSError, ValueError) as error:
-            self._fail(kind, name, where, str(error))
+            self._fail(kind, name, where, str(error).replace("config.max_pixels", "the limit"))
 
     def _fail(self, kind: str, name: str, where: str, why: str) -> None:
         self.failed.add((kind, name))

@@ -330,8 +330,8 @@ class Desk:
     def order_of(self, name: str) -> tuple[Order, list[str]]:
         """(the order that draws a picture again, sentences about what cannot be had again)."""
         said, notes = self.cabinet.settings(name), []
-        hashes = [part for part in said.get("reference_hash", "").split(" + ") if part]
-        found = tuple(filter(None, map(self.cabinet.reference_of, hashes)))
+        hashes = said["reference_hash"].split(" + ") if said.get("reference_hash") else []
+        found = tuple(filter(None, map(self.cabinet.reference_of, filter(None, hashes))))
         if len(found) < len(hashes) or (said.get("reference") and not hashes):
             notes.append(f"The reference ({said['reference']}) is not in this gallery.")
         if said.get("init"):
@@ -343,6 +343,14 @@ class Desk:
         mix = _number(said.get("mix", "").split(",")[0], 0.5)
         sample = self.config["sample"]
         size = said.get("size", "")
+        if size and size not in self.shapes.buckets:
+            notes.append(f"It is of {size}, which is no shape of the data; the page takes its usual one.")
+        usual = {"shift": album.numbers([sample["shift"]]), "guidance_interval": ""}
+        for name, value in usual.items():
+            if said.get(name, value) != value:
+                notes.append(
+                    f"It was drawn with {name} {said[name]}, as jaxdit.sample --{name} does and the page does not."
+                )
         order = Order(
             prompt=said.get("prompt", ""),
             references=found,

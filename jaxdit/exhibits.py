@@ -90,10 +90,13 @@ def open_data(config: Mapping[str, Any], described: Mapping[str, Any], path: str
       path: OUT/RES; None: that of the training.
     """
     options = config["data"]
+    where = path or options["path"]
+    if not path and not Path(where).expanduser().is_dir():
+        raise InputError(
+            f"{where}: the data set of the training is not there; say where it lies now with --data=OUT/RES."
+        )
     dataset = data.Dataset(
-        path or options["path"],
-        holdout_fraction=options["holdout_fraction"],
-        normalize_vision=options["normalize_vision"],
+        where, holdout_fraction=options["holdout_fraction"], normalize_vision=options["normalize_vision"]
     )
     dataset.describe(dataset.info | {name: described[name] for name in ("latent_mean", "latent_std")})
     return dataset

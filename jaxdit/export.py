@@ -87,7 +87,7 @@ def export(
     return record
 
 
-def take_in(folder: Path, workdir: Path) -> int:
+def take_in(folder: Path, workdir: Path) -> dict[str, Any]:
     """Make a working folder out of an exported one: it can be sampled, and started from with train.init_from.
 
     Args:
@@ -95,7 +95,7 @@ def take_in(folder: Path, workdir: Path) -> int:
       workdir: a folder that does not exist yet, or is empty.
 
     Returns:
-      The step.
+      What its export.json says: step, weights and more.
 
     Raises:
       InputError: not an exported folder, a damaged one, or a workdir that is in use.
@@ -129,7 +129,7 @@ def take_in(folder: Path, workdir: Path) -> int:
             if (folder / "training" / name).is_file():
                 shutil.copyfile(folder / "training" / name, new / name)
         checkpoint.save_weights(new, record["step"], params)
-    return record["step"]
+    return record
 
 
 def refuse_strangers(out: Path) -> None:
@@ -339,13 +339,24 @@ browser page, its memory management (the model stays where it is loaded), previe
 
 
 def main() -> int:
+    try:
+        return _run()
+    except KeyboardInterrupt:
+        print("Stopped; nothing was written.")
+        return commandline.STOPPED
+
+
+def _run() -> int:
     given = flags.FLAGS
     workdir, source = commandline.path_of(given.workdir), given["import"].value
     if bool(source) == bool(given.out):
         raise InputError("give --out=FOLDER to export --workdir, or --import=FOLDER to make a new --workdir of it.")
     if source:
-        step = take_in(commandline.path_of(source), workdir)
-        print(f"{workdir}: step {step:,}, averaged weights. Sample it with python -m jaxdit.sample --workdir={workdir}")
+        record = take_in(commandline.path_of(source), workdir)
+        print(
+            f"{workdir}: step {record['step']:,}, {record.get('weights', 'averaged')} weights, in the place of averaged ones. "
+            f"Sample it with python -m jaxdit.sample --workdir={workdir}"
+        )
         return 0
     out = commandline.path_of(given.out)
     record = export(workdir, out, step=given.step, raw=given.raw, form=given.format, copy=given.copy_encoders)
@@ -371,4 +382,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    commandline.run(main)
+    commandline.run(main, interrupted=True)

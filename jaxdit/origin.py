@@ -169,8 +169,11 @@ def parse(field: str, value: str, item: str) -> tuple[Path, int]:
     folder = Path(match.group(1)).expanduser().resolve()
     for name in ("config.json", "dataset.json"):
         if not (folder / name).is_file():
+            advice = ""
+            if (folder / "export.json").is_file():
+                advice = f" It is an export: python -m jaxdit.export --import={folder} --workdir=NEW makes one of it."
             raise InputError(
-                f"{field}={value}: {folder} has no {name}, so it is not a working folder of a training run."
+                f"{field}={value}: {folder} has no {name}, so it is not a working folder of a training run.{advice}"
             )
     steps = checkpoint.saved_steps(folder, item)
     step = int(match.group(2)) if match.group(2) else (steps or [None])[-1]

@@ -35,7 +35,12 @@ FEW = 20  # pictures that are named one by one
 
 def from_training_data(path: str, count: int) -> tuple[list[dict[str, str]], dict[tuple[str, str], np.ndarray]]:
     """Captions spread over the data set, each with another picture as its reference: (fields of wishes, their arrays)."""
-    dataset = data.Dataset(path)
+    try:
+        dataset = data.Dataset(path)
+    except InputError as error:
+        raise InputError(
+            f"{error} Without --prompt, captions of the training data are drawn; give --prompt."
+        ) from error
     places = [(name, row) for name in dataset.buckets for row in range(len(dataset.index[name]))]
     count = min(count, len(places))
     chosen = [places[round(k * (len(places) - 1) / max(count - 1, 1))] for k in range(count)]
@@ -109,6 +114,7 @@ def _run(workdir: Path, out: Path) -> int:
             stack.enter_context(only_one(out))
         except OSError as error:
             raise InputError(f"--out={out}: this folder cannot be made or written to ({error.strerror}).") from error
+        album.refuse_others(out)
         return _Session(studio.Studio(run, workdir, out, options, raw=given.raw)).make(asked, grids, known, problems)
 
 
@@ -260,8 +266,10 @@ def _asked(config: Mapping[str, Any], shapes: wishes.Shapes):
     if given.prompts:
         if len(given.reference) > 1 and not given.prompt:
             raise InputError("--prompts with several --reference: name them in the list (NAME.jsonl).")
+        if given.mix and not given.prompt:
+            raise InputError("--prompts with --mix: name the mix in the list (NAME.jsonl).")
         read, problems = wishes.read_list(commandline.path_of(given.prompts))
-        own = {} if given.prompt or not given.reference else {"reference": given.reference[0]}
+        own = {"reference": given.reference[0]} if len(given.reference) == 1 else {}
         lines += [(where, own | fields) for where, fields in read]
     elif not lines:
         if given.init:

@@ -280,6 +280,9 @@ def main() -> int:
     out = commandline.path_of(flags.FLAGS.out or str(workdir / "gate"))
     try:
         result = gate(workdir, out, flags.FLAGS.data)
+    except KeyboardInterrupt:
+        print("Stopped; nothing was judged.")
+        return commandline.STOPPED
     except InputError:
         raise
     except Exception as error:  # Python's own code, 1, would say that the model failed
@@ -300,4 +303,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     define_flags()
-    commandline.run(main)
+    commandline.run(main, interrupted=True)

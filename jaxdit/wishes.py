@@ -130,6 +130,8 @@ def read_list(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
         raise InputError(f"--prompts={path}: {error.strerror}.") from error
+    if any(b"\0" in line for line in lines):
+        raise InputError(f"--prompts={path}: it is no text in UTF-8 (UTF-16?); save it as UTF-8.")
     found, problems = [], []
     for number, raw in enumerate(lines, 1):
         where = f"{path}:{number}"
@@ -139,7 +141,9 @@ def read_list(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
             problems.append(f"{where}: this line is not UTF-8")
             continue
         if line:
-            found.append((where, _object(line, where, path.parent) if path.suffix == ".jsonl" else {"prompt": line}))
+            found.append(
+                (where, _object(line, where, path.parent) if path.suffix.lower() == ".jsonl" else {"prompt": line})
+            )
     return found, problems
 
 

@@ -11,8 +11,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
 
+from torch_dit.encoders import upright
 from torch_dit.pipeline import JaxditPipeline
+
+FILES = ("model_index.json", "scheduler/scheduler_config.json", "transformer/config.json")
+FILES += ("transformer/diffusion_pytorch_model.safetensors",)
 
 
 def main() -> None:
@@ -33,12 +38,24 @@ def main() -> None:
         width, height = map(int, given.size.split("x")) if given.size else (None, None)
     except ValueError:
         parser.error(f"--size={given.size}: WIDTHxHEIGHT in pixels is wanted, as in 512x512")
+    if given.count < 1:
+        parser.error(f"--count={given.count}: at least 1 is wanted")
+    here, out = Path(__file__).resolve().parent, Path(given.out)
+    for name in FILES:
+        if not (here / name).is_file():
+            parser.error(f"{here / name} is missing; copy or export the folder again")
     try:
-        references = [Image.open(path) for path in given.reference]
-    except (OSError, UnidentifiedImageError) as error:
+        references = [upright(Image.open(path)) for path in given.reference]
+    except UnidentifiedImageError as error:
+        parser.error(f"--reference: {error}; of HEIC, AVIF and JPEG XL make a JPEG or PNG first")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         parser.error(f"--reference: {error}")
     try:
-        pipeline = JaxditPipeline.from_pretrained(Path(__file__).resolve().parent).to(given.device)
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out={out}: this folder cannot be made ({error.strerror})")
+    try:
+        pipeline = JaxditPipeline.from_pretrained(here).to(given.device)
         seeds = range(given.seed, given.seed + given.count)
         images = pipeline(
             given.prompt,
@@ -52,10 +69,8 @@ def main() -> None:
             num_images_per_prompt=given.count,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         ).images
-    except ValueError as error:
+    except (ValueError, AssertionError, OSError, SafetensorError) as error:  # PyTorch asserts that there is a card
         parser.error(str(error))
-    out = Path(given.out)
-    out.mkdir(parents=True, exist_ok=True)
     for seed, image in zip(seeds, images):
         image.save(out / f"{seed}.png")
         print(out / f"{seed}.png")

@@ -122,23 +122,31 @@ def decode(section: Mapping[str, Any], vae: Any, latents: Tensor) -> np.ndarray:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """8-bit sRGB, turned as its EXIF says, on white."""
+    """8-bit sRGB, turned as its EXIF says, on white.
+
+    Raises:
+      ValueError: grey in floating point, whose white nobody knows.
+    """
     image = ImageOps.exif_transpose(image)
     profile = image.info.get("icc_profile")
+    if image.mode == "F":
+        raise ValueError("a picture of floating-point grey: save it as PNG first.")
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clamp
+        image = Image.fromarray(np.round(np.asarray(image, np.float64).clip(0, 65535) / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         image = white
-    elif image.mode != "RGB":
-        return image.convert("RGB")
+    elif image.mode not in ("RGB", "L", "CMYK", "LAB"):
+        image = image.convert("RGB")
     if profile:
         try:
-            srgb = ImageCms.createProfile("sRGB")
-            return ImageCms.profileToProfile(image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), srgb)
+            given, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image, given, srgb, outputMode="RGB")
         except (ImageCms.PyCMSError, OSError):  # a broken profile counts as sRGB, as in the training data
             pass
-    return image
+    return image.convert("RGB")
 
 
 def _find(kind: str, path: str) -> Path:

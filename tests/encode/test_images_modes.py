@@ -382,7 +382,7 @@ def _icc(space, tags):
     return bytes(head) + struct.pack(">I", len(tags)) + entries + body
 
 
-def _grey_profile(gamma):
+def grey_profile(gamma):
     white = b"XYZ " + bytes(4) + struct.pack(">iii", 63190, 65536, 54061)
     text = b"desc" + bytes(4) + struct.pack(">I", 2) + b"g\0" + bytes(78)
     return _icc(
@@ -429,10 +429,10 @@ def test_the_profile_is_applied_wherever_it_stands(tmp_path, name):
 def test_profiles_of_grey_ink_and_photoshop(tmp_path):
     linear = _display(np.float64(0.2))
     for mode in ("L", "LA"):
-        Image.new("L", (32, 32), 51).convert(mode).save(tmp_path / "a.png", icc_profile=_grey_profile(1))
+        Image.new("L", (32, 32), 51).convert(mode).save(tmp_path / "a.png", icc_profile=grey_profile(1))
         _near(_decode(tmp_path / "a.png"), linear, 1)
     wide = np.full((32, 32), 13107, np.uint16)
-    Image.fromarray(wide).save(tmp_path / "b.png", icc_profile=_grey_profile(1))
+    Image.fromarray(wide).save(tmp_path / "b.png", icc_profile=grey_profile(1))
     _near(_decode(tmp_path / "b.png"), linear, 1)
     ink = Image.new("CMYK", (32, 32), (255, 0, 0, 0))
     for name in ("a.jpg", "c.tif"):
@@ -452,7 +452,7 @@ def test_profiles_of_grey_ink_and_photoshop(tmp_path):
 def test_a_profile_that_cannot_be_used_counts_as_srgb(tmp_path):
     pixels = _numbers(3, 255).astype(np.uint8)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for profile in (b"", b"broken", srgb[:200], srgb[:128] + b"\xff" * 400, _cmyk_profile(), _grey_profile(2), srgb):
+    for profile in (b"", b"broken", srgb[:200], srgb[:128] + b"\xff" * 400, _cmyk_profile(), grey_profile(2), srgb):
         Image.fromarray(pixels).save(tmp_path / "a.png", icc_profile=profile)
         assert (_decode(tmp_path / "a.png") == pixels).all()
 

@@ -243,7 +243,7 @@ def test_settings_come_back_from_an_entry(at):
         at_album.save("hurt.png", image.copy(), hurt | {"init": "sketch.png", "mix": "x", "seed": "inf"})
     order, notes = at.order_of("hurt.png")
     assert (order.at, order.raw, order.references, order.size, order.seed) == ((LATER,), False, (), "", 0)
-    assert len(notes) == 3 and order.text == (at.config["sample"]["text_guidance"],)
+    assert len(notes) == 4 and order.text == (at.config["sample"]["text_guidance"],)
 
 
 # The gallery's files and what people bring.

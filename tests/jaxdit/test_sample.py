@@ -23,7 +23,7 @@ from PIL import Image
 from configs import quickstart
 from encode import commandline
 from encode.records import InputError, write_json
-from jaxdit import checkpoint, data, drawing, model, sample, trained
+from jaxdit import album, checkpoint, data, drawing, model, sample, trained
 
 ROOT = Path(__file__).parents[2]
 
@@ -226,6 +226,7 @@ def test_a_size_on_the_grid_is_drawn_as_asked(command, quick, tmp_path):
         (["--prompt=a", "--seed=-1"], "seeds go from 0"),
         (["--prompt=a", "--count=0"], "count=0"),
         (["--prompts=nowhere.txt"], "nowhere.txt"),
+        (["--prompts=nowhere.txt", "--reference=x", "--mix=0.5,0.5"], "name the mix in the list"),
     ],
 )
 def test_wrong_calls_are_one_sentence_and_exit_code_2(command, tmp_path, arguments, words):
@@ -524,6 +525,40 @@ def test_init_stays_the_nearer_the_smaller_its_strength(command, photographs, tm
     assert command("--prompt=a cat", out=tmp_path / "free")[0] == 0  # strength 1 leaves nothing of the picture
     if pixels(tmp_path / "free" / "a-cat-s0.png").shape == found.shape:
         assert np.abs(pixels(tmp_path / "free" / "a-cat-s0.png") - found).max() <= 1
+
+
+def test_a_training_that_goes_on_or_data_that_move_draw_nothing_anew(workdir, tmp_path):
+    for name in album.FILES:
+        (tmp_path / name).write_bytes((workdir / name).read_bytes())
+    before = album.config_hash(tmp_path)
+    rewrite(tmp_path / "config.json", lambda config: spoilt(config, "train", "total_steps", 10**6))
+    rewrite(tmp_path / "config.json", lambda config: spoilt(config, "data", "path", "elsewhere"))
+    assert album.config_hash(tmp_path) == before
+    rewrite(tmp_path / "config.json", lambda config: spoilt(config, "model", "width", 7))
+    assert album.config_hash(tmp_path) != before
+
+
+@pytest.mark.parametrize(("name", "content"), [("sheet.png", b"a photograph"), ("samples.json", b'{"mine": 1}')])
+def test_a_list_or_sheet_of_somebody_elses_is_not_replaced(command, tmp_path, name, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(content)
+    code, said = command("--prompt=a cat", "--count=2")
+    assert code == 2 and f"{name} there is not of jaxdit.sample" in said
+    assert (tmp_path / "out" / name).read_bytes() == content
+
+
+def test_a_list_in_utf_16_is_refused_before_anything_is_drawn(command, tmp_path):
+    (tmp_path / "list.txt").write_text("one boat\ntwo boats\n", encoding="utf-16")
+    code, said = command(f"--prompts={tmp_path / 'list.txt'}")
+    assert code == 2 and "save it as UTF-8" in said and not list((tmp_path / "out").glob("*.png"))
+
+
+def test_one_reference_is_for_all_prompts_those_of_a_list_too(command, quick, photographs, tmp_path):
+    (tmp_path / "list.JSONL").write_text('{"prompt": "a castle", "seed": 3}\n')
+    reference = photographs[0]
+    assert command("--prompt=a boat", f"--prompts={tmp_path / 'list.JSONL'}", f"--reference={reference}")[0] == 0
+    found = [(row["prompt"], row["seed"], row["reference"]) for row in rows(tmp_path / "out")]
+    assert found == [("a boat", "0", str(reference)), ("a castle", "3", str(reference))]
 
 
 def test_an_empty_prompt_is_free_of_text_and_a_list_keeps_its_good_lines(command, quick, tmp_path):

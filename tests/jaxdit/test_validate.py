@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -144,14 +145,13 @@ def test_nothing_to_judge_is_exit_code_2(tmp_path):
 
 
 def test_a_gate_that_breaks_off_is_exit_code_2_not_a_failed_model(tmp_path, monkeypatch, capsys):
-    def out_of_memory(*_):
-        raise RuntimeError("RESOURCE_EXHAUSTED")
-
-    monkeypatch.setattr(validate, "gate", out_of_memory)
     monkeypatch.setattr(validate.flags, "FLAGS", SimpleNamespace(workdir=str(tmp_path), out=None, data=None))
-    assert validate.main() == 2
-    words = capsys.readouterr().err
-    assert "of the model that says nothing" in words and "RESOURCE_EXHAUSTED" in words
+    for what, code in (RuntimeError("RESOURCE_EXHAUSTED"), 2), (KeyboardInterrupt(), 3):
+        monkeypatch.setattr(validate, "gate", mock.Mock(side_effect=what))
+        assert validate.main() == code
+    said = capsys.readouterr()
+    assert "of the model that says nothing" in said.err and "RESOURCE_EXHAUSTED" in said.err
+    assert "nothing was judged" in said.out
 
 
 def test_own_photographs_are_judged_by_effects_beyond_controls(photographs, tmp_path):

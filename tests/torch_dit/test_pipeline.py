@@ -17,6 +17,7 @@ from encode import images
 from encode.records import InputError
 from jaxdit import export, sampler, trained
 from tests.encode import tiny_models
+from tests.encode.test_images_modes import grey_profile
 from torch_dit import encoders
 from torch_dit.pipeline import JaxditPipeline
 
@@ -220,6 +221,10 @@ def test_references_are_read_as_the_training_data_were(tmp_path):
     Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
     Image.fromarray(pixels[..., :3]).save(tmp_path / "profile.png", icc_profile=narrow.tobytes())
     Image.fromarray(pixels[..., :3]).quantize(32).save(tmp_path / "palette.png")
+    for kind in ("png", "tif"):
+        Image.fromarray(pixels[..., 0].astype(np.uint16) * 257 + 100).save(tmp_path / f"deep.{kind}")
+    Image.fromarray(pixels, mode="CMYK").save(tmp_path / "print.tif")
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey-profile.png", icc_profile=grey_profile(2))
     for path in sorted(tmp_path.iterdir()):
         with Image.open(path) as image:
             found = np.asarray(encoders.upright(image), int)
