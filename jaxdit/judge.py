@@ -211,6 +211,9 @@ def measure(
         )
 
     for name, values in ratios.items():
+        values[np.isnan(values)] = (
+            np.inf
+        )  # what was drawn is no number: it has failed, which is not the same as not judged
         if not name.startswith(("memory", "text_only")):
             judged = asked.said if name.startswith("text") else asked.lit
             values[np.setdiff1d(np.arange(len(examples)), judged)] = np.nan

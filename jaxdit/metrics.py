@@ -161,7 +161,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
             except ValueError:
                 row = None
             step = row.get("step") if isinstance(row, dict) else None
-            yield line, row if isinstance(step, int) and 0 <= step < 2**53 else None
+            yield line, row if type(step) is int and 0 <= step < 2**53 else None
 
 
 def rows(workdir: str | Path) -> Iterator[dict[str, Any]]:

@@ -169,8 +169,11 @@ def columns(rows: Sequence[Mapping[str, Any]], *names: str) -> np.ndarray:
             values = [row.get(name) for row in rows]
         try:
             table[k] = values
-        except (TypeError, ValueError):
-            table[k] = [value if isinstance(value, int | float) else math.nan for value in values]
+        except (TypeError, ValueError, OverflowError):
+            table[k] = [
+                value if isinstance(value, float) or (type(value) is int and abs(value) < 2**63) else math.nan
+                for value in values
+            ]
     return table
 
 

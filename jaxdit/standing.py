@@ -178,7 +178,7 @@ def _verdict(columns: metrics.Columns, config: Mapping[str, Any], saved: Sequenc
         now = health.judge(columns.newest, **steps, **(options if isinstance(options, dict) else {}))
         if name in (now.name, ""):
             return now if len(columns) else health.Verdict("", "", None, "good")
-    except (TypeError, ValueError, KeyError, IndexError):  # odd rows, or options of another version
+    except (TypeError, ValueError, LookupError, ArithmeticError):  # odd rows, or options of another version
         pass
     level, _, advice = health.TROUBLES.get(name, ("", None, ""))
     words = advice.format(back="go back to a step before it") if advice else ""

@@ -355,10 +355,10 @@ class Budget:
 
 
 class StopOnSignal:
-    """`requested` becomes true at SIGTERM, SIGINT or SIGHUP; another one, more than a second later, ends the process at once.
+    """`requested` becomes true at SIGTERM, SIGINT or SIGHUP; Ctrl-C more than a second later ends the process at once.
 
-    Within that second it is the same wish: Ctrl-C reaches a script and its child, and the script passes it on as well; a
-    terminal that is closed takes both along (SIGHUP, unless nohup keeps it off).
+    All else is the same wish: Ctrl-C reaches a script and its child, and the script passes it on as well; so does a scheduler
+    that preempts; a terminal that is closed takes both along (SIGHUP, unless nohup keeps it off).
     """
 
     def __init__(self):
@@ -372,7 +372,7 @@ class StopOnSignal:
         if not self.requested:
             logging.info("Asked to stop: saving. (Once more ends the process without saving.)")
             self.requested, self._at = True, time.monotonic()
-        elif time.monotonic() - self._at > 1:
+        elif number == signal.SIGINT and time.monotonic() - self._at > 1:
             self.close()
             signal.raise_signal(number)
 

@@ -260,12 +260,14 @@ def listed(
 
 
 def rounded(value: Any) -> Any:
-    """JSON with four decimals: what is read by people and compared by tests."""
+    """JSON with four decimals: what is read by people and compared by tests. What is not finite is null, as JSON has it."""
     if isinstance(value, Mapping):
         return {name: rounded(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [rounded(part) for part in value]
-    return round(float(value), 4) if isinstance(value, (float, np.floating)) else value
+    if isinstance(value, (float, np.floating)):
+        return round(float(value), 4) if np.isfinite(value) else None
+    return value
 
 
 def define_flags() -> None:

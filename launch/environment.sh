@@ -18,7 +18,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$(sha256sum $needed)" ]; then
     echo "Error: no Python of version 3.11 or newer with venv was found; install one (on Debian: python3-venv)." >&2
     exit 2
   fi
-  [ -x .venv/bin/python ] || "$python" -m venv .venv || exit 1
+  .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv .venv || exit 1 # a kill may have left half of one
   torch="$(grep '^torch==' requirements.txt)"
   # The plain name on Linux pulls gigabytes of CUDA packages; PyTorch's own index has the small CPU build.
   if [ "$needed" != requirements.txt ]; then

@@ -38,6 +38,7 @@ stage() { # stage NAME COMMAND...: runs it and remembers how long it took
   "$@" &
   child=$!
   while kill -0 "$child" 2>/dev/null; do wait "$child" && code=0 || code=$?; done
+  wait "$child" && code=0 || code=$? # bash remembers how it ended, whatever interrupted the waiting
   child=""
   [ -z "$stopped" ] || { echo "Stopped; the same command goes on from here." >&2; exit 3; }
   times+="$(printf '%-16s %4d s' "$name" $((SECONDS - start)))"$'\n'

@@ -56,7 +56,7 @@ else
     echo "Error: no Python of version 3.11 or newer with venv was found; install one (on Debian: python3-venv)." >&2
     exit 2
   fi
-  [ -x .venv/bin/python ] || "$python" -m venv .venv || exit 1
+  .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv .venv || exit 1 # a kill may have left half of one
   rm -f .venv/installed
   echo "Installing PyTorch $version from $index (about 2 GB), then the rest of requirements.txt ..."
   .venv/bin/pip install --quiet --disable-pip-version-check --index-url "$index" "torch[device-$target]==$version" || exit 1

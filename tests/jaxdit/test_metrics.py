@@ -51,6 +51,11 @@ def test_values_come_back_exactly_and_what_is_not_finite_is_null(tmp_path):
     assert second == {"step": 2, "loss": 0.25, "grad_norm": None, "health": "fine"}
 
 
+def test_a_step_that_is_no_number_is_no_row(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1}\n{"step": true, "loss": 2}\n')
+    assert [row["step"] for row in metrics.rows(tmp_path)] == [3]
+
+
 def test_rows_after_the_restored_step_and_half_lines_are_removed(tmp_path):
     written(tmp_path, range(1, 11))
     path = tmp_path / "metrics.jsonl"
