@@ -54,7 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "seed": 0,
                 "total_steps": 5_000,  # the plan; with 64 a step each image is seen 3,200 times
                 "batch_size": 64,
-                "micro_batch": 32,  # 7.4 GB at 512 x 512 by estimate, and 64 take 13.8 (python -m jaxdit.plan)
+                "micro_batch": 16,  # 4.2 GB at 512 x 512 by estimate; 64 take 13.8 (python -m jaxdit.plan)
                 "log_every": 50,
                 "eval_every": 0,
                 "eval_images": 0,

@@ -6,6 +6,7 @@ is told from other damage by its own lengths, and a sound file of a rare kind fr
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import struct
@@ -18,6 +19,10 @@ from PIL import Image
 from encode import headers
 
 STRIP = 256  # rows
+OF_THE_DISK = {getattr(errno, name) for name in (
+    "EACCES", "EBUSY", "EHOSTDOWN", "EHOSTUNREACH", "EIO", "EMFILE", "ENFILE", "ENODEV", "ENOENT", "ENOTCONN", "EPERM", "ESTALE",
+    "ETIMEDOUT",
+) if hasattr(errno, name)}  # fmt: skip
 
 
 def passed_over(image: Image.Image, path: Path) -> str | None:

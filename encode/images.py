@@ -138,7 +138,7 @@ class _Refusing:
         if isinstance(error, colour.NoRange):
             return text
         if isinstance(error, OSError) and error.errno is not None:
-            return f"{ImageProblem.unread}{error.strerror}"
+            return f"{ImageProblem.unread if error.errno in damage.OF_THE_DISK else 'damaged: '}{error.strerror}"
         if isinstance(error, Image.UnidentifiedImageError):
             text = f"begins like {self.kind}, but its header cannot be used"
         elif self.kind == "JXL":

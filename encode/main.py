@@ -52,7 +52,8 @@ def main(config: Any, dry_run: bool = False) -> int:
     print(f"{summary.encoded} pictures encoded, {summary.refused} inputs refused{speed}.")
     for root in summary.roots:
         print(f"Data set: {root}")
-    print(f"Report: {summary.report}")
+    if summary.report.exists():
+        print(f"Report: {summary.report}")
     return 0
 
 

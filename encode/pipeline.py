@@ -127,6 +127,7 @@ def _run(config: Any, out: Path, encoders: Encoders, workers: Workers, stop, onl
         _encode_here(context, todo, progress)
     parts = [read_part(context.part(job)) for job in jobs]
     known = {row[0] for part in parts for row in part["records"]}
+    known |= {row["file"] for row in plan["unfit"]}
     broken = {row["file"]: row for part in parts for row in part["quarantine"] if row["file"] not in known}
     broken = [*broken.values()]  # of a picture that was tried again, the last word
     say_problems("while encoding", broken)

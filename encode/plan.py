@@ -71,7 +71,9 @@ def grow(config: Any, plan: Mapping, new: Sequence[Item], workers: Workers, stop
     log.info("%d pictures are new: %d shards are added to the %d that there are.", len(new), len(shards), begun.total())
     inputs, names = _inputs(config, new), {item.id for item in new}
     return {
-        "shards": plan["shards"] + shards,
+        # What is tried again has its place in the new shards alone.
+        "shards": [shard | {"items": [e for e in shard["items"] if e[0] not in names]} for shard in plan["shards"]]
+        + shards,
         "unfit": [row for row in plan["unfit"] if row["file"] not in names] + [asdict(row) for row in unfit + more],
         "inputs": plan["inputs"] | inputs["inputs"],
         "bytes": plan["bytes"] | inputs["bytes"],
@@ -105,7 +107,8 @@ def retried(config: Any, plan: Mapping, parts: Sequence[Mapping], collection: Co
     """Ids of pictures that were refused for what is no longer so: they could not be read, or took more than
     config.decode_seconds or decode_memory, which are larger today."""
     limits: dict[tuple[str, str], float] = {}
-    rows = [*plan["unfit"], *(row for part in parts for row in part["quarantine"])]
+    tried = [row for part in parts for row in part["quarantine"]]
+    rows = [*tried, *plan["unfit"]]  # unfit is the word on what was tried again
     last = {row["file"]: row["reason"] for row in rows}
     unread = {name for name, reason in last.items() if reason.startswith(images.ImageProblem.unread)}
     again = {item.id for item in collection.items if item.id in unread and _reads(item, config.vision.precomputed)}

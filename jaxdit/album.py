@@ -22,7 +22,6 @@ from encode.records import InputError, publish
 from jaxdit.wishes import Wish
 
 LONGEST = 48  # signs of a prompt in a file's name
-DECIDE = ("fingerprint", "latent_mean", "latent_std", "widths", "text_longest")  # of dataset.json
 FILES = ("config.json", "dataset.json")  # what a working folder says of its model
 
 
@@ -82,12 +81,19 @@ def read_settings(path: Path) -> dict[str, str] | None:
 
 
 def config_hash(workdir: Path) -> str:
-    """16 hexadecimal characters of what decides a picture in a working folder's config.json and dataset.json.
+    """16 hexadecimal characters of what a training is, and its data: of all that decides the weights of a step.
 
-    Not where the data lie or how long the training is to go on, which change.
+    Not where the data lie, how long the training is to go on, or how it is watched, which change.
     """
     config, dataset = (json.loads((workdir / name).read_text(encoding="utf-8")) for name in FILES)
-    decides = [config["model"], config["data"]["normalize_vision"], {name: dataset.get(name) for name in DECIDE}]
+    origin = workdir / "origin.json"
+    decides = [
+        {section: config[section] for section in ("model", "flow", "optim")},
+        {name: config["train"].get(name) for name in ("seed", "batch_size", "init_from", "init_weights", "restore")},
+        {name: config["data"].get(name) for name in ("normalize_vision", "holdout_fraction")},
+        {name: dataset.get(name) for name in ("fingerprint", "latent_mean", "latent_std", "widths", "text_longest")},
+        origin.read_text(encoding="utf-8") if origin.exists() else "",
+    ]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
-import re
 import shutil
-import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,13 @@ import orbax.checkpoint as ocp
 
 from encode.records import InputError
 from jaxdit import processes
+from jaxdit.quiet import first_line, leave_out_tracebacks
 
 SNAPSHOTS, LONG_INTERVAL = 10, 50_000  # EMA snapshots kept: the newest ten, and one in so many steps for good
-HALF_DAYS = 3  # of the newest, the first save of each stays resumable: trouble is often seen a day late
+HALF_DAYS, HALF_DAY = (
+    3,
+    43_200,
+)  # of the newest, the first save of each stays resumable: trouble is often seen a day late
 ITEMS = ("state", "ema", "data")
 FAILURES = 3  # saves in a row that may fail before the run ends: a month of electricity is not spent on what is lost
 
@@ -81,14 +83,26 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.failures:  # on a full disk, the half that was written is what this save needs
             self._sweep()
-        if shutil.disk_usage(self.folder).free < needed:
-            self._prune(half_days=0)  # going on matters more than a way back
-        if (free := shutil.disk_usage(self.folder).free) < needed:
-            raise OSError(f"it takes {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free")
         if self._complete(step):
             return False
+        # A disk may refuse while it says that there is room: before the last try, all that can go goes.
+        self.give_way(math.inf if self.failures == FAILURES - 1 else needed)
+        if (free := shutil.disk_usage(self.folder).free) < needed:
+            raise OSError(f"it takes {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free")
         _remove(self.folder / str(step))  # a snapshot of an earlier pass over this step, without its state
         return True
+
+    def give_way(self, needed: float) -> None:
+        """Where the disk is short, give up what was kept to go back to, the oldest first: going on matters more."""
+        spare = [self.folder / str(step) / "state" for step in self._resumable()[: -self.keep]]
+        sizes = [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in spare]
+        short = needed - shutil.disk_usage(self.folder).free if spare else 0
+        if short > sum(sizes) and short < math.inf:
+            return  # it would not be enough
+        for path, size in zip(spare, sizes):
+            if short > 0:
+                _remove(path)
+                short -= size
 
     def check(self) -> None:
         """Tell a background save that has failed; raises SaveFailed at the third in a row. Of many processes, `wait` tells."""
@@ -121,7 +135,7 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax passes on whatever its threads met
             self.failures, self._landing = self.failures + 1, None
-            message = f"{self.folder}: a checkpoint could not be saved ({_first_line(error)}). {self._last_good()}"
+            message = f"{self.folder}: a checkpoint could not be saved ({first_line(error)}). {self._last_good()}"
             with contextlib.suppress(Exception):
                 self._writer.close()
             self._writer = _writer()
@@ -164,7 +178,7 @@ class Checkpoints:
             except Exception as error:  # whatever the damage is, the step before may be whole
                 if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                     raise  # nothing is wrong with the checkpoint
-                logging.warning("Step %d cannot be read (%s); trying the one before.", step, _first_line(error))
+                logging.warning("Step %d cannot be read (%s); trying the one before.", step, first_line(error))
                 damaged.append(step)
                 continue
             processes.lead(functools.partial(self._set_aside, damaged))
@@ -192,11 +206,11 @@ class Checkpoints:
             for leftover in self.folder.glob(leftovers):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def _prune(self, half_days: int = HALF_DAYS) -> None:
+    def _prune(self) -> None:
         resumable = self._resumable()  # one that lost a part must not push a whole one out
         snapshots = [step for step in self.steps("ema") if step % self.every == 0]
-        first = {(self.folder / str(step)).stat().st_mtime // 43_200: step for step in reversed(resumable)}
-        whole = {*resumable[-self.keep :], *[step for _, step in sorted(first.items(), reverse=True)[:half_days]]}
+        first = {(self.folder / str(step)).stat().st_mtime // HALF_DAY: step for step in reversed(resumable)}
+        whole = {*resumable[-self.keep :], *[step for _, step in sorted(first.items())[-HALF_DAYS:]]}
         wanted = whole.union(snapshots[-SNAPSHOTS:], (step for step in snapshots if step % LONG_INTERVAL == 0))
         for step in self.steps("ema"):
             if step not in wanted:
@@ -207,7 +221,7 @@ class Checkpoints:
 
 
 def _writer() -> ocp.AsyncCheckpointer:
-    _leave_out_tracebacks()
+    leave_out_tracebacks()
     # Folders are made before save returns: a disk that refuses is then an error, not five minutes of waiting.
     options = ocp.AsyncOptions(create_directories_asynchronously=False)
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
@@ -215,7 +229,7 @@ def _writer() -> ocp.AsyncCheckpointer:
 
 def read_step(folder: Path, state: Any, ema: Any) -> tuple[Any, Any, dict[str, Any]]:
     """(state, ema, data) of one complete step's folder, as trees like those given; raises whatever the reading meets."""
-    _leave_out_tracebacks()
+    leave_out_tracebacks()
     restored = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(
         folder,
         args=ocp.args.Composite(
@@ -259,7 +273,7 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
     Raises:
       InputError: no such step, it cannot be read, or it belongs to another model.
     """
-    _leave_out_tracebacks()
+    leave_out_tracebacks()
     item, kind, other = ("state", "raw", "averaged") if raw else ("ema", "averaged", "raw")
     folder, steps = Path(workdir).resolve() / "checkpoints", saved_steps(workdir, item)
     if not steps or (step is not None and step not in steps):
@@ -292,10 +306,10 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
                 ) from error
             if step is not None:
                 raise InputError(
-                    f"{path} cannot be read ({_first_line(error)}); name another step of {_listed(steps)}, or train on to "
+                    f"{path} cannot be read ({first_line(error)}); name another step of {_listed(steps)}, or train on to "
                     "save a new one."
                 ) from error
-            logging.warning("%s cannot be read (%s); trying the step before.", path, _first_line(error))
+            logging.warning("%s cannot be read (%s); trying the step before.", path, first_line(error))
     raise InputError(f"{folder}: none of the steps {_listed(steps)} can be read; restore the folder from a backup.")
 
 
@@ -334,7 +348,7 @@ def check_shapes(folder: Path, target: Any, *, whole: bool = True) -> None:
     try:
         saved = ocp.PyTreeCheckpointHandler().metadata(folder).tree
     except Exception as error:
-        logging.warning("%s: its description cannot be read (%s).", folder, _first_line(error))
+        logging.warning("%s: its description cannot be read (%s).", folder, first_line(error))
         return
     saved = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
     wanted = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
@@ -373,28 +387,3 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(folder, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _first_line(error: Exception) -> str:
-    """Both ends of a long line: TensorStore names the array first, then what the disk said, then its own settings."""
-    line = re.sub(r" \[\w+(\[\d+\])?='.*", "", (str(error) or type(error).__name__).splitlines()[0])
-    return line if len(line) <= 200 else f"{line[:80]} ... {line[-115:]}"
-
-
-@functools.cache
-def _leave_out_tracebacks() -> None:
-    """What fails is told in a sentence by who asked for it, not by every thread that was at it.
-
-    Orbax closes its event loop at the first array that fails. Then TensorStore prints "Event loop is closed" for those in hand,
-    asyncio "was never retrieved", Python "was never awaited" for those not begun, and each of Orbax's threads its traceback.
-    """
-    told = sys.unraisablehook
-
-    def hook(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            told(unraisable)
-
-    sys.unraisablehook = hook
-    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
-    logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
-    warnings.filterwarnings("ignore", message="coroutine '.*' was never awaited", category=RuntimeWarning)

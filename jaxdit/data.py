@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import resource
-import time
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -170,6 +170,7 @@ class Dataset:
         self.text_lengths = self._text_lengths(text_lengths)
         _allow_open_files(sum(info["shards"] for info in self.info["buckets"].values()))
         self._sources = {name: records.open_bucket(self.path, name) for name in self.buckets}
+        self.closing = threading.Event()  # ends the waiting for a disk
         self._readers = ThreadPoolExecutor(READERS, "jaxdit-read")
         if not sum(map(len, self.train.values())):
             raise records.DatasetError(
@@ -252,7 +253,7 @@ class Dataset:
         """The raw records, as in encode.records; where they cannot be read, the files are opened anew and asked again.
 
         Raises:
-          ReadFailed: in vain; at once where a file is damaged, after minutes where the disk is away.
+          ReadFailed: in vain; after seconds where a file is damaged, after minutes where the disk is away, or when `closing`.
         """
         waits = iter(AGAIN)
         while True:
@@ -263,7 +264,8 @@ class Dataset:
                 if wait is None or (wait > PATIENCE and os.path.exists(self.path / "dataset.json")):
                     raise ReadFailed(self._name_damage(bucket, rows, error)) from error
                 logging.warning("%s: a record cannot be read (%s); asked again in %g s.", self.path, error, wait)
-            time.sleep(wait)
+            if self.closing.wait(wait):
+                raise ReadFailed(f"{self.path}: not waited for any longer, because the run is to end.")
             with contextlib.suppress(records.DatasetError):
                 self._sources[bucket] = records.open_bucket(self.path, bucket)
 

@@ -316,6 +316,8 @@ def _replacing(target: Path) -> Iterator[Path]:
             os.rename(target, old)
         os.rename(new, target)
     finally:
+        if old.exists() and not target.exists():  # stopped between the two
+            os.rename(old, target)
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -342,7 +344,7 @@ def main() -> int:
     try:
         return _run()
     except KeyboardInterrupt:
-        print("Stopped; nothing was written.")
+        print("Stopped.")
         return commandline.STOPPED
 
 

@@ -50,7 +50,8 @@ def read(folder: Path, info: Mapping[str, Any], config: Any) -> FixedSet | None:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         logging.warning("Previews: %s cannot be read (%s); they are chosen anew.", folder, _first_line(error))
         return None
-    if run != _run(info):  # left by a run that was given up before its first step
+    told = _run(info), _run(info, buckets=sorted(info["buckets"]))  # the latter until November 2026
+    if run not in told:  # left by a run that was given up before its first step
         return None
     if asked != _asked(config):
         logging.warning(
@@ -191,10 +192,10 @@ def _encode(folder: Path, prompts: Sequence[str], references: Sequence[str]) -> 
     return encoded
 
 
-def _run(info: Mapping[str, Any]) -> str:
+def _run(info: Mapping[str, Any], **more: Any) -> str:
     """What is fixed for the life of a working folder, growth of the data included, which may bring a bucket."""
     fixed = {name: info[name] for name in ("fingerprint", "widths", "latent_mean", "latent_std")}
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(fixed | more, sort_keys=True).encode()).hexdigest()
 
 
 def _asked(config: Any) -> str:

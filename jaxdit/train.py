@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import signal
+import threading
 import time
 import zlib
 from collections import deque
@@ -60,6 +61,7 @@ def train(config: Any, workdir: str | Path) -> str:
 
     Raises:
       InputError: the configuration, the data set or the working folder is wrong; nothing was changed.
+      data.ReadFailed: a record cannot be read; everything until then is saved.
       teller.TrainingStopped: too many updates in a row were not finite.
       checkpoint.SaveFailed: too many saves in a row, or the last one, could not be written.
     """
@@ -140,6 +142,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     if position is not None:
         batches.set_state(position)
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))  # with one saved already, the next takes its place
+    processes.lead(lambda: saver.give_way(needed))
     processes.lead(lambda: folder.check_space(workdir, 1 if saver.steps() else 2, needed))
 
     known = json.loads(config.to_json_best_effort())
@@ -152,7 +155,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     teller = Teller(config, log, clock, rows, saver, sum(map(len, dataset.train.values())))
     drawn = config.sample.previews > 0
     pictures = previews.Previews(workdir, dataset, config, graph) if drawn and log else None
-    budget, stop, saved_at = Budget(config.train.eval_budget), StopOnSignal(), time.monotonic()
+    budget, stop, saved_at = Budget(config.train.eval_budget), StopOnSignal(dataset.closing), time.monotonic()
     wishes, stopping = processes.Wishes(divided, everywhere), False
     micro_batches = config.train.batch_size // config.train.micro_batch
     compiled: set[Any] = set()
@@ -268,7 +271,8 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
         if not processes.many():  # of many, one knows of it, and none can save alone
             save()  # the data are damaged, not the run
             saver.wait()
-        raise
+        if processes.many() or not stop.requested:  # else it waited for a disk that is away
+            raise
     else:
         if step > 0 and processes.of_first(step not in saver.steps()):
             save()
@@ -280,11 +284,12 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
                 log.pictures(drawn_at, found)
         processes.everyone(0)  # none leaves before the last is ready to
     finally:
-        stop.close()
+        dataset.closing.set()
         if log:
             log.close()
         batches.close()
         saver.close()
+        stop.close()
     if log:
         report.update(workdir)
     if step < config.train.total_steps:
@@ -361,8 +366,8 @@ class StopOnSignal:
     that preempts; a terminal that is closed takes both along (SIGHUP, unless nohup keeps it off).
     """
 
-    def __init__(self):
-        self.requested, self._at = False, 0.0
+    def __init__(self, event: threading.Event):
+        self.requested, self._at, self._event = False, 0.0, event  # the event is set with it
         heard = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             heard.append(signal.SIGHUP)
@@ -372,6 +377,7 @@ class StopOnSignal:
         if not self.requested:
             logging.info("Asked to stop: saving. (Once more ends the process without saving.)")
             self.requested, self._at = True, time.monotonic()
+            self._event.set()
         elif number == signal.SIGINT and time.monotonic() - self._at > 1:
             self.close()
             signal.raise_signal(number)

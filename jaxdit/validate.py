@@ -283,7 +283,7 @@ def main() -> int:
     try:
         result = gate(workdir, out, flags.FLAGS.data)
     except KeyboardInterrupt:
-        print("Stopped; nothing was judged.")
+        print("Stopped.")
         return commandline.STOPPED
     except InputError:
         raise

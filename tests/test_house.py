@@ -22,6 +22,7 @@ FLOORS = [
         "boards",
         "past",
         "order",
+        "quiet",
         "page",
         "decode_previews",
         "wishes",

@@ -1,6 +1,8 @@
 """A data set that grows: new photographs get shards of their own, and what is finished is left alone."""
 
+import io
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -272,6 +274,54 @@ def test_a_picture_that_could_not_be_read_is_tried_again_when_it_can(tmp_path):
     away.rename(images / "039.png")
     summary = _run(images, out, **changes)
     assert (summary.encoded, summary.refused) == (40, 0) and "039.png" in _records(out, 128)
+    (
+        records.shard_path(out / "128", "128x128", 0)
+    ).unlink()  # it stands in one shard, so encoded again the old one lacks it
+    (records.index_path(out / "128", "128x128", 0)).unlink()
+    (out / "128" / "dataset.json").unlink()
+    assert _run(images, out, **changes).encoded == 40 and len(_records(out, 128)) == 40
+
+
+def test_a_picture_that_its_decoder_cannot_read_is_refused_once_for_all(tmp_path):
+    images, out = fakes.photographs(tmp_path / "in", 3), tmp_path / "out"
+    (images / "odd.txt").write_text("odd")
+    whole = io.BytesIO()
+    Image.new("RGB", (300, 300), "red").save(whole, "TIFF")
+    tiff = bytearray(whole.getvalue())
+    at = (
+        tiff.index(struct.pack("<HH", 273, 4))
+        if struct.pack("<HH", 273, 4) in tiff
+        else tiff.index(struct.pack("<HH", 273, 3))
+    )
+    tiff[at + 2 : at + 12] = struct.pack(
+        "<HIi", 9, 1, -8
+    )  # the pixels begin before the file, which seek() calls invalid
+    (images / "odd.tif").write_bytes(tiff)
+    plans = []
+    for _ in range(3):
+        assert _run(images, out, resolutions=(128,)).refused == 1
+        plans.append((out / "plan.json").read_bytes())
+    assert len(set(plans)) == 1
+    (row,) = map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())
+    assert row == {"file": "odd.tif", "stage": "decode", "reason": "damaged: Invalid argument"}
+
+
+def test_a_picture_put_in_the_place_of_one_that_could_not_be_read_has_the_last_word(tmp_path):
+    images, out, asked = fakes.photographs(tmp_path / "in", 40), tmp_path / "out", []
+    changes = {"resolutions": (128,), "shard_size": 40, "batch_size": 1, "decode_workers": 1}
+
+    def lost():
+        asked.append(True)
+        if len(asked) == 3:
+            (images / "039.png").unlink()
+        return False
+
+    assert _run(images, out, stop=lost, **changes).refused == 1
+    (images / "039.png").write_text("no picture")
+    for _ in range(2):
+        assert _run(images, out, **changes).refused == 1
+    (row,) = map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())
+    assert row["file"] == "039.png" and not row["reason"].startswith("cannot be read")
 
 
 def test_a_page_that_cannot_be_drawn_keeps_no_data_set_back(tmp_path, monkeypatch, caplog):

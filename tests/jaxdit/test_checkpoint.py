@@ -179,7 +179,8 @@ def test_the_newest_complete_step_is_taken_and_named(tmp_path, caplog, damage):
     saver.close()
 
 
-def test_snapshots_outlive_the_resumable_steps(tmp_path):
+def test_snapshots_outlive_the_resumable_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "HALF_DAY", 10**12)
     steps = list(range(5, 155, 5))
     saver = save_all(tmp_path, steps, every=10, keep=2)
     saver.close()
@@ -218,12 +219,21 @@ def test_a_disk_that_is_short_gives_up_the_way_back_before_a_save(tmp_path, monk
     saver = save_all(tmp_path, range(10, 60, 10), every=10**6, keep=2)
     assert checkpoint.saved_steps(tmp_path, "state")[0] == 10
     usage = shutil.disk_usage
-    small = lambda folder: usage(folder)._replace(free=0 if (saver.folder / "10").exists() else 10**9)  # noqa: E731
+    small = lambda folder: usage(folder)._replace(free=0 if (saver.folder / "10" / "state").exists() else 10**9)  # noqa: E731
     monkeypatch.setattr(shutil, "disk_usage", small)
     saver.save(60, *state_of(60.0), {})
     saver.landed(60)
     saver.close()
     assert checkpoint.saved_steps(tmp_path, "state") == [40, 50, 60]  # the next save takes the 40 away
+
+
+def test_a_disk_that_others_filled_costs_no_way_back(tmp_path, monkeypatch):
+    saver = save_all(tmp_path, range(10, 60, 10), every=10**6, keep=2)
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(folder)._replace(free=-(10**9)))
+    saver.save(60, *state_of(60.0), {})
+    saver.close()
+    assert checkpoint.saved_steps(tmp_path, "state") == [10, 40, 50]
 
 
 def test_a_save_that_fails_at_once_is_told_and_the_third_in_a_row_is_an_error(tmp_path, caplog):

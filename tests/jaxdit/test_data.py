@@ -266,14 +266,15 @@ def test_a_data_set_that_is_away_is_waited_for_and_a_damaged_one_is_not(tmp_path
             raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
         return parsed(self, bucket, rows)
 
-    def sleep(seconds):
+    def wait(seconds):
         slept.append(seconds)
         if seconds == 300:
             (tmp_path / "away").rename(tmp_path / "64")
+        return False
 
     monkeypatch.setattr(data.Dataset, "_parsed", failing)
     monkeypatch.setattr(data, "AGAIN", (0.1, 60.0, 300.0))
-    monkeypatch.setattr(data.time, "sleep", sleep)
+    monkeypatch.setattr(dataset.closing, "wait", wait)
     if back:
         (tmp_path / "64").rename(tmp_path / "away")
         np.testing.assert_array_equal(dataset.read(*arguments)["latent"], wanted["latent"])

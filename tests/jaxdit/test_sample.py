@@ -534,8 +534,10 @@ def test_a_training_that_goes_on_or_data_that_move_draw_nothing_anew(workdir, tm
     rewrite(tmp_path / "config.json", lambda config: spoilt(config, "train", "total_steps", 10**6))
     rewrite(tmp_path / "config.json", lambda config: spoilt(config, "data", "path", "elsewhere"))
     assert album.config_hash(tmp_path) == before
-    rewrite(tmp_path / "config.json", lambda config: spoilt(config, "model", "width", 7))
-    assert album.config_hash(tmp_path) != before
+    for section, name in (("model", "width"), ("train", "seed"), ("optim", "peak_learning_rate")):
+        rewrite(tmp_path / "config.json", lambda config: spoilt(config, section, name, 7))  # noqa: B023
+        assert album.config_hash(tmp_path) != before
+        before = album.config_hash(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "content"), [("sheet.png", b"a photograph"), ("samples.json", b'{"mine": 1}')])

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -137,6 +138,25 @@ def test_a_closed_terminal_stops_it_with_everything_saved(path, tmp_path):
     os.close(ours)
     assert process.wait() == 3
     assert checkpoint.saved_steps(workdir, "state") == [metrics.read(workdir)[-1]["step"]]
+
+
+def test_asked_to_stop_it_does_not_wait_for_a_disk_that_is_away(tmp_path, monkeypatch):
+    root, workdir, calls, parsed = tmp_path / "64", tmp_path / "run", [], data.Dataset._parsed
+    make_data.dataset(root, {"64x64": 9})
+
+    def away(self, bucket, rows):
+        calls.append(True)
+        if len(calls) == 20:
+            root.rename(tmp_path / "away")
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        if len(calls) >= 20:
+            raise OSError(5, "Input/output error")
+        return parsed(self, bucket, rows)
+
+    monkeypatch.setattr(data.Dataset, "_parsed", away)
+    monkeypatch.setattr(data, "AGAIN", (0.0, 600.0))
+    assert train.train(tiny(root, **{"train.total_steps": 1000}), workdir) == "stopped"
+    assert checkpoint.saved_steps(workdir, "state")[-1] == metrics.read(workdir)[-1]["step"] > 1
 
 
 def test_a_finished_run_started_again_does_nothing(path, undisturbed):
