@@ -101,6 +101,7 @@ class Checkpoints:
             return  # it would not be enough
         for path, size in zip(spare, sizes):
             if short > 0:
+                logging.warning("The disk is short: step %s, kept to go back to, is given up.", path.parent.name)
                 _remove(path)
                 short -= size
 

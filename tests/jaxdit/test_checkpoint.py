@@ -215,7 +215,7 @@ def test_trouble_seen_a_day_late_has_a_step_to_go_back_to(tmp_path, hours):
     saver.close()
 
 
-def test_a_disk_that_is_short_gives_up_the_way_back_before_a_save(tmp_path, monkeypatch):
+def test_a_disk_that_is_short_gives_up_the_way_back_before_a_save(tmp_path, monkeypatch, caplog):
     saver = save_all(tmp_path, range(10, 60, 10), every=10**6, keep=2)
     assert checkpoint.saved_steps(tmp_path, "state")[0] == 10
     usage = shutil.disk_usage
@@ -225,6 +225,7 @@ def test_a_disk_that_is_short_gives_up_the_way_back_before_a_save(tmp_path, monk
     saver.landed(60)
     saver.close()
     assert checkpoint.saved_steps(tmp_path, "state") == [40, 50, 60]  # the next save takes the 40 away
+    assert "step 10, kept to go back to, is given up" in caplog.text
 
 
 def test_a_disk_that_others_filled_costs_no_way_back(tmp_path, monkeypatch):
