@@ -16,35 +16,40 @@ FLOAT32 = 4
 
 # Share of a card's peak, counted in all operations that it performs (what remat computes again as well), where nothing
 # was measured. GPT-2 124M on a 4090 reaches 55% (karpathy/nanoGPT#182: 29% of an A100's 312 TFLOP/s); of that, a tenth goes to
-# this model's float32 norms and rotations, which wait for memory. An H100, whose products are twice as fast for the speed of its
-# memory as a 4090's, reaches 31% (full model at 512, micro-batch 8); a 4090 has not been measured.
+# this model's float32 norms and rotations, which wait for memory. A 4090 has not been measured.
 UTILISATION = 0.5
+# Measured: an H100's products are twice as fast for the speed of its memory as a 4090's (full model at 512, micro-batch 8:
+# bench/results/train-step-full-512-8-nvidia-h100-80gb-hbm3.json, the scores of attention counted twice).
+REACHED = {"H100": 0.32, "H200": 0.32}
 
 # Dense tensor-core peaks in TFLOP/s by JAX's device_kind: (bfloat16 with float32 sums, TF32: JAX's float32 products run in
-# it). From NVIDIA's white papers "Ada GPU Architecture", "Ampere GA102", "A100 Tensor Core GPU", "H100 Tensor Core GPU", "RTX
-# Blackwell GPU Architecture", and its data sheets of L4, L40, L40S, RTX 6000 Ada, H100 NVL, H200 and B200 (half of the
-# numbers that are given with sparsity).
+# it, GB of memory, the least that is sold under the name). From NVIDIA's white papers "Ada GPU Architecture", "Ampere GA102",
+# "A100 Tensor Core GPU", "H100 Tensor Core GPU", "RTX Blackwell GPU Architecture", and its data sheets of L4, L40, L40S, RTX 6000
+# Ada, H100 NVL, H200 and B200 (half of the numbers that are given with sparsity).
 PEAKS = (
-    (r"(GeForce )?RTX 5090", 209.5, 104.8),
-    (r"(GeForce )?RTX 5080", 112.6, 56.3),
-    (r"(GeForce )?RTX 4090", 165.2, 82.6),
-    (r"(GeForce )?RTX 4080 SUPER", 104.4, 52.2),
-    (r"(GeForce )?RTX 4080", 97.5, 48.7),
-    (r"(GeForce )?RTX 3090 Ti", 80.0, 40.0),
-    (r"(GeForce )?RTX 3090", 71.0, 35.6),
-    (r"(GeForce )?RTX 3080", 59.5, 29.8),
-    (r"RTX A6000", 154.8, 77.4),
-    (r"RTX 6000 Ada Generation", 364.2, 182.1),
-    (r"L40S", 362.0, 183.0),
-    (r"L40", 181.0, 90.5),
-    (r"L4", 121.0, 60.0),
-    (r"A10", 125.0, 62.5),
-    (r"A40", 149.7, 74.8),
-    (r"A100([- ].*)?", 312.0, 156.0),
-    (r"H100 PCIe", 756.0, 378.0),
-    (r"H100 NVL", 835.0, 417.0),
-    (r"H100( .*)?|H200( .*)?|GH200.*", 989.4, 494.7),
-    (r"B200( .*)?", 2250.0, 1125.0),
+    (r"(GeForce )?RTX 5090", 209.5, 104.8, 32),
+    (r"(GeForce )?RTX 5080", 112.6, 56.3, 16),
+    (r"(GeForce )?RTX 4090", 165.2, 82.6, 24),
+    (r"(GeForce )?RTX 4080 SUPER", 104.4, 52.2, 16),
+    (r"(GeForce )?RTX 4080", 97.5, 48.7, 16),
+    (r"(GeForce )?RTX 3090 Ti", 80.0, 40.0, 24),
+    (r"(GeForce )?RTX 3090", 71.0, 35.6, 24),
+    (r"(GeForce )?RTX 3080", 59.5, 29.8, 10),
+    (r"RTX A6000", 154.8, 77.4, 48),
+    (r"RTX 6000 Ada Generation", 364.2, 182.1, 48),
+    (r"L40S", 362.0, 183.0, 48),
+    (r"L40", 181.0, 90.5, 48),
+    (r"L4", 121.0, 60.0, 24),
+    (r"A10", 125.0, 62.5, 24),
+    (r"A40", 149.7, 74.8, 48),
+    (r"A100[- ].*80GB", 312.0, 156.0, 80),
+    (r"A100([- ].*)?", 312.0, 156.0, 40),
+    (r"H100 PCIe", 756.0, 378.0, 80),
+    (r"H100 NVL", 835.0, 417.0, 94),
+    (r"H100( .*)?", 989.4, 494.7, 80),
+    (r"H200( .*)?", 989.4, 494.7, 141),
+    (r"GH200.*", 989.4, 494.7, 96),
+    (r"B200( .*)?", 2250.0, 1125.0, 180),
 )
 
 
@@ -56,11 +61,26 @@ def peak_flops(device_kind: str, dtype: str, count: int = 1) -> float | None:
       dtype: of the products, "bfloat16" or "float32".
       count: number of devices.
     """
-    name = device_kind.strip().removeprefix("NVIDIA ")
-    for pattern, bfloat16, tf32 in PEAKS:
-        if re.fullmatch(pattern, name):
-            return count * 1e12 * (bfloat16 if dtype == "bfloat16" else tf32)
+    if found := _card(device_kind):
+        _, bfloat16, tf32, _ = found
+        return count * 1e12 * (bfloat16 if dtype == "bfloat16" else tf32)
     return None
+
+
+def card_gb(device_kind: str) -> int | None:
+    """GB of a card's memory, the least that is sold under the name; None where the card is not known."""
+    found = _card(device_kind)
+    return found[-1] if found else None
+
+
+def utilisation(device_kind: str) -> float:
+    """The share of its peak that a card is taken to reach."""
+    return next((share for card, share in REACHED.items() if card in device_kind), UTILISATION)
+
+
+def _card(device_kind: str) -> tuple[str, float, float, int] | None:
+    name = device_kind.strip().removeprefix("NVIDIA ")
+    return next((row for row in PEAKS if re.fullmatch(row[0], name)), None)
 
 
 def tokens(settings: Mapping[str, Any], latent_shape: Sequence[int]) -> int:

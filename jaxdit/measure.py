@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from encode import records
-from jaxdit import mesh, model, optim, trained, update
+from jaxdit import heldout, mesh, model, optim, trained, update
 
 UPDATES = 20
 PATIENCE, AT_LEAST = 300.0, 3  # seconds, after which so many updates are enough: at 1024 one takes a minute
@@ -47,31 +47,34 @@ def measure(config: Any, buckets: Sequence[Bucket], widths: Mapping[str, int]) -
     Returns:
       Of each bucket by name; one that the device's memory does not hold says so, and the next is tried.
     """
-    devices = mesh.make_mesh()
+    devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
     everywhere, divided = mesh.replicated(devices), mesh.over_batch(devices)
-    settings = trained.model_settings(config.model, widths)
-    graph, _ = model.abstract(settings)
+    settings = trained.model_settings(config.model, widths, devices.shape["fsdp"])
+    graph, shapes = model.abstract(settings)
+    whole = mesh.gathering(devices, graph, shapes)
     schedule = optim.learning_rate(
         peak=config.optim.peak_learning_rate, end=config.optim.end_learning_rate, warmup=1, total=UPDATES
     )
     optimizer = optim.of_config(config.optim, schedule)
     seed, decay, batch_size = config.train.seed, config.optim.ema_decay, config.train.batch_size
-    # The functions of the training loop, jitted as there.
-    functions = (
-        jax.jit(partial(update.new_state, settings, optimizer, seed), out_shardings=everywhere),
-        jax.jit(
-            partial(update.new_total, separate=trained.separate(settings), dtype=settings["dtype"]),
-            out_shardings=everywhere,
-        ),
-        jax.jit(partial(update.accumulate_gradients, graph, dict(config.flow), seed), donate_argnums=1),
-        jax.jit(partial(update.apply_update, optimizer, schedule, decay, batch_size), donate_argnums=0),
+    # The functions of the training loop, compiled as there.
+    fresh = partial(update.new_state, settings, optimizer, seed)
+    state = jax.eval_shape(fresh)
+    zeros, accumulate, change, _ = mesh.compiled(
+        devices,
+        state,
+        new_total=partial(update.new_total, separate=trained.separate(settings), dtype=settings["dtype"]),
+        accumulate=partial(update.accumulate_gradients, whole, dict(config.flow), seed),
+        change=partial(update.apply_update, optimizer, schedule, decay, batch_size),
+        judge=partial(heldout.losses, whole, dict(config.flow)),
     )
+    initial = jax.jit(fresh, out_shardings=mesh.shardings(devices, state))
     found = {}
     for bucket in buckets:
         try:
             batch = jax.device_put(noise(bucket, widths, config.train.micro_batch), divided)
             where = jax.device_put(np.zeros(2, np.int32), everywhere)
-            found[bucket.name] = _measure(functions, batch, where, config.train)
+            found[bucket.name] = _measure((initial, zeros, accumulate, change), batch, where, config.train)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -52,7 +52,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
       InputError: the two do not make up the devices.
     """
     devices = jax.devices() if devices is None else devices
-    count, sizes = len(devices), [data, fsdp]
+    # Auto, because jax.make_mesh makes Explicit axes unless told otherwise.
+    return jax.make_mesh(sizes(data, fsdp, len(devices)), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
+    """Of the axes of `make_mesh` for `count` devices, with the same arguments and errors."""
+    sizes = [data, fsdp]
     if sizes.count(-1) == 1:
         known = max(sizes)
         sizes = [count // known if size == -1 and known > 0 else size for size in sizes]
@@ -61,8 +67,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
             f"mesh.data={data} and mesh.fsdp={fsdp} do not make up {count} devices: their product must be {count}, and one of "
             "them may be -1 for the rest."
         )
-    # Auto, because jax.make_mesh makes Explicit axes unless told otherwise.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return sizes[0], sizes[1]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

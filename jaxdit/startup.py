@@ -169,7 +169,7 @@ def worst(config, dataset, settings, shapes) -> dict[str, int]:
     tokens = max(dataset.text_lengths)
     shape = max((info["latent"] for info in dataset.info["buckets"].values()), key=lambda latent: np.prod(latent))
     micro_batch = config.train.micro_batch // jax.device_count()
-    fsdp = config.mesh.fsdp if config.mesh.fsdp > 0 else jax.device_count() // config.mesh.data
+    _, fsdp = mesh.sizes(config.mesh.data, config.mesh.fsdp, jax.device_count())
     parameters = -(-model.count_parameters(shapes) // fsdp)
     how = {"remat": settings["remat"], "optimizer": config.optim.name}
     return estimate.memory(settings, parameters, micro_batch, shape, tokens, **how)

@@ -105,10 +105,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     """The run itself, in a working folder that is ours; see `train`."""
     # Micro-batches are divided over all devices, the state is cut over those of the axis fsdp.
     everywhere, divided = mesh.replicated(devices), mesh.over_batch(devices)
-    settings = trained.model_settings(config.model, dataset.info["widths"])
-    if devices.shape["fsdp"] > 1:
-        # A turn gathers one layer's parameters, never all.
-        settings |= {"scan_unroll": 1, "remat": config.model.remat}
+    settings = trained.model_settings(config.model, dataset.info["widths"], devices.shape["fsdp"])
     graph, shapes = model.abstract(settings)
     if processes.first():
         startup.announce(config, dataset, settings, shapes, origin.read(workdir), workdir, devices)

@@ -10,7 +10,7 @@ FILES = sorted(path for folder in ("encode", "jaxdit", "configs", "torch_dit") f
 # Every file of jaxdit stands on a floor and imports only from floors below; rooms of one floor do not import each other.
 FLOORS = [
     {"main", "sample", "validate", "evaluate", "plan", "export", "app"},
-    {"train", "easel"},
+    {"train", "easel", "forecast"},
     {"desk"},
     {"previews", "measure", "studio", "cabinet", "exam"},
     {"teller", "preview_set", "album", "conditions", "drawing", "gate_page", "quality_page", "exhibits"},

@@ -1,5 +1,7 @@
+import json
 import math
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from jaxdit import estimate, model, optim, trained, update
 
+ROOT = Path(__file__).parents[2]
 FLOW = {"mean": 0.0, "std": 1.0, "shift": 1.0, "drop_both": 0.1, "drop_text": 0.1, "drop_vision": 0.1}
 SETTINGS = {
     "layers": 4,
@@ -189,6 +192,25 @@ def test_peaks_are_known_by_the_whole_name(kind, teraflops):
     if teraflops:
         assert estimate.peak_flops(kind, "bfloat16", 4) == 4 * estimate.peak_flops(kind, "bfloat16")
         assert estimate.peak_flops(kind, "float32") < estimate.peak_flops(kind, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "gb"),
+    [("NVIDIA GeForce RTX 5090", 32), ("NVIDIA A100-SXM4-80GB", 80), ("NVIDIA A100-SXM4-40GB", 40), ("cpu", None)],
+)
+def test_memory_is_known_by_the_name(kind, gb):
+    assert estimate.card_gb(kind) == gb
+
+
+def test_what_was_measured_on_a_card_is_taken_in_place_of_the_assumed_share():
+    measured = json.loads((ROOT / "bench/results/train-step-full-512-8-nvidia-h100-80gb-hbm3.json").read_text())
+    (case,) = measured["cases"]
+    mfu = case["sides"]["jaxdit none unroll 0"]["mfu"]
+    settings = SETTINGS | {"layers": 24, "width": 1024, "heads": 16, "remat": "none"}
+    again = estimate.hardware_flops(settings, (64, 64, 16), 128, remat="none")
+    again /= estimate.training_flops(settings, (64, 64, 16), 128)
+    assert estimate.utilisation(measured["device"]) == pytest.approx(mfu * again, abs=0.01)
+    assert estimate.utilisation("NVIDIA GeForce RTX 4090") == estimate.UTILISATION
 
 
 def test_speed_is_the_assumed_share_of_the_peak():

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from tiny_run import ROOT, WIDTHS, command, curve, tiny
 
+from configs import full
 from encode.records import InputError
-from jaxdit import heldout, mesh, metrics, model, optim, train, trained, update
+from jaxdit import estimate, heldout, measure, mesh, metrics, model, optim, train, trained, update
 
 MESHES = [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2), (8, 8, 1), (8, 1, 8)]  # devices, data, fsdp
 SEPARATE = (2, 2, 1)  # with the layers taken apart, as on GPUs
@@ -247,5 +248,32 @@ def test_a_run_on_a_mesh_goes_on_on_another_and_says_so(path, tmp_path, caplog):
     assert sum(kept["position"]["taken"].values()) == 13 * 16
 
 
+@pytest.mark.all
+def test_the_plan_measures_the_mesh_of_the_run_and_its_estimate_holds_there():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, __file__, "measure"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        compiled, by_hand, rate = json.loads(line)
+        assert rate > 0 and by_hand == pytest.approx(compiled, rel=0.15), line
+
+
+def measured():
+    """What `jaxdit.plan --measure` finds on eight devices: bytes of each by the compiled programs, by hand, images a second."""
+    measure.UPDATES = 1
+    config = full.get_config("256")
+    config.model.update({"layers": 4, "width": 256, "heads": 4, "dtype": "float32"})
+    config.train.update({"batch_size": 16, "micro_batch": 16})
+    bucket = measure.Bucket("128x128", 1, (32, 32, 16), 64)
+    for data, fsdp in ((1, 8), (2, 4)):
+        config.mesh.update({"data": data, "fsdp": fsdp})
+        found = measure.measure(config, [bucket], WIDTHS)[bucket.name]
+        settings = trained.model_settings(config.model, WIDTHS, fsdp)
+        held = -(-model.count_parameters(model.abstract(settings)[1]) // fsdp)
+        parts = estimate.memory(settings, held, 2, bucket.latent, bucket.text, remat=settings["remat"])
+        print(json.dumps([found.memory, sum(parts.values()), found.rate]), flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    measured() if "measure" in sys.argv else main()

@@ -8,7 +8,7 @@ import pytest
 
 from configs import encode_demo, full, nano, quickstart
 from encode.records import InputError
-from jaxdit import data, estimate, measure, model, plan
+from jaxdit import data, estimate, forecast, measure, model, plan
 
 ROOT = Path(__file__).parents[2]
 FULL = "configs/full.py"
@@ -54,6 +54,12 @@ def test_an_impossible_call_ends_with_2_and_one_sentence():
         ({}, {"device": "RTX 4090", "real": True}, "--measure"),
         ({"model.dtype": "float16"}, {}, "float16"),
         ({"train.micro_batch": 7}, {}, "train.micro_batch=7"),
+        ({}, {"cards": 4}, "train.micro_batch=2 must be divisible by the 4 devices"),
+        ({"mesh.fsdp": 3}, {"cards": 2}, "mesh.fsdp=3 do not make up 2 devices"),
+        ({}, {"cards": 2, "real": True}, "leave --cards=2 out"),
+        ({"mesh.fsdp": 2}, {"real": True}, "mesh.fsdp=2 do not make up 1 device"),
+        ({}, {"cards": 0}, "--cards=0"),
+        ({}, {"resolution": 100}, "--resolution=100 must be a multiple of 16"),
         ({"data.path": "s3://bucket/1024"}, {}, "URL"),
     ],
 )
@@ -106,9 +112,9 @@ def test_days_and_energy_follow_from_the_operations():
     config = full.get_config("1024")
     stages = plan.read_stages(config, f"{FULL}:1024", None)
     given, device = stages[2], plan.look_at("RTX 4090", 24, config, False)
-    settings = plan.settings_for(given, device)
+    settings = forecast.settings_for(given, device)
     assert (settings["dtype"], settings["attention"]) == ("bfloat16", "cudnn")  # though this machine has no card
-    text = plan.screen(stages, given, device, 400.0, {})
+    text = forecast.screen(stages, given, device, 400.0, {})
     found = rows_of(text, "Stages")
     seconds = sum(
         bucket.images
@@ -131,7 +137,7 @@ def test_days_and_energy_follow_from_the_operations():
     assert " ".join(memory["none"]).endswith("fits, as configured")
     config.train.micro_batch = 4
     given = plan.read_stages(config, f"{FULL}:1024", None)[2]
-    memory = rows_of(plan.screen(stages, given, device, 400.0, {}), "Memory")
+    memory = rows_of(forecast.screen(stages, given, device, 400.0, {}), "Memory")
     assert " ".join(memory["none"]).endswith("does not fit, as configured")
 
 
@@ -143,7 +149,7 @@ def test_muon_keeps_one_moment_less_and_its_products_take_their_time():
         stages = plan.read_stages(config, f"{FULL}:256", None)
         assert all(stage.config.optim.name == name for stage in stages)
         device = plan.look_at("RTX 4090", 24, config, False)
-        text = plan.screen(stages, stages[0], device, 400.0, {})
+        text = forecast.screen(stages, stages[0], device, 400.0, {})
         memory, days = rows_of(text, "Memory"), rows_of(text, "Stages")
         moments, total = (float(memory["none"][column]) for column in (2, 7))
         found[name] = moments, total, [float(days[f"{FULL}:{size}"][5]) for size in (256, 512, 1024)]
@@ -151,6 +157,26 @@ def test_muon_keeps_one_moment_less_and_its_products_take_their_time():
     assert once == pytest.approx(twice / 2, rel=0.03) and most - less == pytest.approx(twice - once, abs=0.02)
     shares = [slow / day - 1 for slow, day in zip(slower, days)]
     assert 0.1 < shares[0] < 0.25 and shares[0] > 3 * shares[1] > 9 * shares[2] > 0
+
+
+def test_many_cards_divide_the_images_and_with_fsdp_the_model():
+    def screen(fsdp, cards, micro_batch):
+        config = full.get_config("512")
+        config.mesh.fsdp, config.train.micro_batch = fsdp, micro_batch
+        return plan.plan(config, f"{FULL}:512", device="H100", cards=cards, watts=100.0)
+
+    one, eight, cut = screen(1, 1, 8), screen(1, 8, 64), screen(8, 8, 64)
+    assert "72.0 GB to use" in one and "Device  8 x H100 " in eight  # of 80
+    held = [[float(cell) for cell in rows_of(text, "Memory")["none"][1:8]] for text in (one, eight, cut)]
+    assert held[0] == held[1]  # eight images on each
+    assert [part * 8 for part in held[2][:3]] == pytest.approx(held[0][:3], rel=0.02)
+    assert held[2][4] < held[0][4] and held[2][5] == held[0][5]  # a layer's kernels at a time; its own images
+    most = [int(rows_of(text, "Buckets")["512x512"][8]) for text in (one, eight, cut)]
+    assert most[1] == 8 * most[0] and most[2] > most[1]
+    (days, energy), (shared, as_much), _ = (
+        map(float, rows_of(text, "Stages")[f"{FULL}:512"][5:7]) for text in (one, eight, cut)
+    )
+    assert days == pytest.approx(8 * shared, rel=0.01) and energy == pytest.approx(as_much, rel=0.01)
 
 
 def test_without_a_peak_there_is_memory_but_no_time():
@@ -191,11 +217,11 @@ def test_measuring_runs_the_real_updates(monkeypatch):
     assert found[bucket.name].updates == 4 and found[bucket.name].rate > 0
     device = plan.look_at("", None, config, True)
     assert device.kind == jax.devices()[0].device_kind
-    settings = plan.settings_for(given, device)
+    settings = forecast.settings_for(given, device)
     count = model.count_parameters(model.abstract(settings)[1])
     parts = estimate.memory(settings, count, 2, bucket.latent, bucket.text, remat="none")
     assert found[bucket.name].memory == pytest.approx(sum(parts.values()), rel=0.25)
-    text = plan.screen([given], given, device, 60.0, found)
+    text = forecast.screen([given], given, device, 60.0, found)
     assert rows_of(text, "Stages")["configs/quickstart.py"][-1] == "measured"
     assert float(rows_of(text, "Buckets")["128x128"][5]) == pytest.approx(found[bucket.name].rate, rel=0.01)
 
@@ -207,7 +233,7 @@ def test_a_bucket_that_memory_refuses_is_named_and_the_next_is_measured(monkeypa
         calls.append(batch["latent"].shape)
         if len(calls) == 1:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
-        return plan.Measured(rate=3.0, memory=10**9, updates=20)
+        return measure.Measured(rate=3.0, memory=10**9, updates=20)
 
     monkeypatch.setattr(measure, "_measure", run)
     config = tiny()
