@@ -85,6 +85,7 @@ def watch(seen, patch):
     seen.listener = listen
     jax.monitoring.register_event_duration_secs_listener(listen)
     patch.setattr(mesh, "compiled", mesh.compiled.__wrapped__)
+    patch.setattr(update, "new_state", update.new_state.__wrapped__)
     patch.setattr(jax, "jit", counting_jit)
     patch.setattr(jax, "device_put", lambda *a, **k: (note("put", type(a[0]).__name__), put(*a, **k))[1])
     patch.setattr(jax, "block_until_ready", lambda tree: (note("blocked", ""), block(tree))[1])

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import make_data
 import numpy as np
 import pytest
-from tiny_run import ROOT, WIDTHS, assert_same, command, curve, run, tiny, weights, whole_state
+from tiny_run import ROOT, WIDTHS, assert_same, command, curve, tiny, weights, whole_state
 
 from configs import full, nano, quickstart
 from encode.records import InputError, only_one
@@ -41,8 +41,7 @@ def test_resume_is_bit_identical_after_sigkill_at_random_points(path, undisturbe
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert kill > 0 or not (workdir / "checkpoints" / "20").exists()
-    last = run(path, workdir)
-    assert last.returncode == 0, last.stderr
+    assert train.train(tiny(path), workdir) == "done"
     assert curve(workdir, "loss", "grad_norm", "learning_rate") == curve(
         undisturbed, "loss", "grad_norm", "learning_rate"
     )
@@ -587,9 +586,9 @@ def test_one_program_a_bucket_and_text_length(tmp_path, monkeypatch):
     assert len(traced) == len(set(traced)) and 3 <= len(traced) <= 6
 
 
-def test_memory_is_flat_over_three_epochs_of_twelve_buckets(tmp_path, monkeypatch):
+def test_memory_is_flat_over_three_epochs_of_six_buckets(tmp_path, monkeypatch):
     """What the first epoch has compiled and allocated is all that there will be."""
-    counts = {f"{48 + 16 * (k % 4)}x{48 + 16 * (k // 4)}": 8 + k for k in range(12)}
+    counts = {f"{48 + 16 * (k % 4)}x{48 + 16 * (k // 4)}": 8 + k for k in range(6)}
     make_data.dataset(tmp_path / "64", counts)
     images, seen = sum(counts.values()), []
     judge = train.health.judge
