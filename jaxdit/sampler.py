@@ -50,7 +50,8 @@ def solver_table(solver: str, times: np.ndarray) -> np.ndarray:
         pairs = [[(t, step, 0.0, 0), (t + step, step / 2, step / 2, 1)] for t, step in zip(times[:-2], h)]
         rows = [*(row for pair in pairs for row in pair), (times[-2], h[-1], 0.0, 1)]
     elif solver == "adams":
-        half = np.concatenate([[0.0], h[1:] ** 2 / (2 * h[:-1])])
+        # After a step of no length, which float32 makes of the steepest grids, there is nothing to extrapolate from.
+        half = np.concatenate([[0.0], np.divide(h[1:] ** 2, 2 * h[:-1], out=np.zeros_like(h[1:]), where=h[:-1] != 0)])
         rows = [(t, step + part, -part, 1) for t, step, part in zip(times, h, half)]
     else:
         raise ValueError(f"solver={solver}: the choices are {', '.join(SOLVERS)}")

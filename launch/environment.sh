@@ -20,10 +20,19 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$(sha256sum $needed)" ]; then
   fi
   .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv .venv || exit 1 # a kill may have left half of one
   torch="$(grep '^torch==' requirements.txt)"
+  found="$(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)" || true
+  case "$found" in
+    "${torch#torch==}"+rocm*) ;; # satisfies the pin, so pip leaves it alone
+    *+rocm*)
+      echo "Error: .venv holds PyTorch $found and requirements.txt wants ${torch#torch==}; run launch/setup_strix_halo.sh, which takes its" >&2
+      echo "build for ROCm (an index of AMD's that does not have it yet: ROCM_TORCH=VERSION, docs/strix_halo.md). Nothing was changed." >&2
+      exit 2
+      ;;
+  esac
   # The plain name on Linux pulls gigabytes of CUDA packages; PyTorch's own index has the small CPU build.
   if [ "$needed" != requirements.txt ]; then
     echo "Installing $torch and JAX for CUDA (about 4 GB), then the rest of requirements.txt ..."
-    case "$(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)" in
+    case "$found" in
       *+cpu) .venv/bin/pip uninstall --quiet --yes torch || exit 1 ;; # would be taken for the wanted version
     esac
     .venv/bin/pip install --quiet --disable-pip-version-check "$torch" -r requirements-cuda.txt || exit 1

@@ -73,6 +73,14 @@ def test_adams_is_exact_for_a_velocity_linear_in_time_whatever_the_grid():
     np.testing.assert_allclose(found[0, 0, 0, 0], first - times[1] ** 2 / 2, rtol=1e-5)
 
 
+@pytest.mark.parametrize("solver", sampler.SOLVERS)
+def test_a_grid_too_steep_for_float32_is_still_walked_to_its_end(solver):
+    times = sampler.time_grid(1000, 1e6)
+    assert (np.diff(times) == 0).any()
+    table = sampler.solver_table(solver, times)
+    assert np.isfinite(table).all() and table[table[:, 3] == 1, 1:3].sum() == pytest.approx(-1, abs=1e-3)
+
+
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler", 6), ("heun", 11), ("adams", 6)])
 def test_a_solver_makes_the_evaluations_it_says_and_never_one_at_the_end(solver, evaluations):
     table = sampler.solver_table(solver, sampler.time_grid(6, 3.0))

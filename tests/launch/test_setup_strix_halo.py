@@ -1,6 +1,7 @@
 """launch/setup_strix_halo.sh on acted machines: the kernel's folder is a temporary one, Python and pip only take notes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,25 @@ def test_a_build_for_the_cpu_is_exchanged_and_another_build_can_be_named(machine
     assert [line.split("==")[1] for line in torch] == ["2.13.0+rocm10.0.0", "2.13.0+rocm10.0.0", "2.12.0+rocm7.14.0"]
     assert "https://elsewhere/" in torch[-1]
     assert "-r requirements.txt" not in _notes(machine)[-2]  # which would bring the pinned version back
+
+
+def test_a_newer_pin_does_not_exchange_the_build_for_rocm_behind_ones_back(machine):
+    assert machine().returncode == 0
+    shutil.copy(SCRIPT.parent / "environment.sh", machine.folder / "launch")
+
+    def source():
+        search = {"PATH": f"{machine.folder}/bin:{os.environ['PATH']}"}
+        command = ["bash", "-c", "source launch/environment.sh"]
+        return subprocess.run(command, cwd=machine.folder, env=search, capture_output=True, text=True)
+
+    requirements, before = machine.folder / "requirements.txt", _notes(machine)
+    requirements.write_text(requirements.read_text().replace("torch==2.13.0", "torch==2.14.0"))
+    refused = source()
+    assert refused.returncode == 2 and "run launch/setup_strix_halo.sh" in refused.stderr
+    assert _notes(machine) == before
+    requirements.write_text("torch==2.13.0\nnumpy==2.4.7\n")  # the same PyTorch, something else is newer
+    assert source().returncode == 0
+    assert _notes(machine)[-1].endswith("-r requirements.txt")
 
 
 def test_a_gpu_that_fails_the_proof_is_exit_code_1(machine):
