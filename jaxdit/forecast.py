@@ -76,7 +76,7 @@ def _heading(given, settings, count, device, measured) -> list[str]:
     if device.peak:
         speed = f"{device.peak / 1e12:.1f} TFLOP/s at its peak in {settings['dtype']}"
         share = estimate.utilisation(device.kind)
-        how = "assumed" if share == estimate.UTILISATION else "taken, as measured"
+        how = "assumed" if share == estimate.UTILISATION else "taken, as an H100 was measured to reach"
         assumed = f", of which {share:.0%} are {how}, counting what remat repeats"
     elif not measured:
         assumed = ": no estimate of time, take --measure or name a card with --device"
