@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from encode import abroad
 from encode import swap_words as W
 from encode.swap_words import OCCURRENCE, SIDE, split
 
-_QUOTES = re.compile(r"(?<!\d)\"|[“”„«»]|(?<!\w)['‘](?=\w)[^'’\n]{2,60}['’](?!\w)")
-_QUOTED = re.compile(r"[\"“”„«][^\"“”„»\n]{1,60}[\"“”»]")
+_QUOTES = re.compile(r"(?<!\d)\"|[“”„«»「」『』《》〈〉‹›‚]|(?<!\w)['‘](?=\w)[^'’\n]{2,60}['’](?!\w)")
+_QUOTED = re.compile(r"[\"“”„«「『《〈‹‚][^\"“”„»」』》〉›\n]{1,60}[\"“”»」』》〉›‘]")
 _INITIALS = re.compile(r"[(\[][LR]\.?[)\]]|\b[LR]\.? ?(?:to|and|->|=>|[-–—/&→⟶➔]) ?[LR]\b|^\s*[LR]\s*:", re.IGNORECASE)
 # Words that hold a left or right and name none; any other such word ("topleft", "rightside", a typing error) is in doubt.
 _HARMLESS = re.compile(
@@ -29,27 +30,25 @@ _PAINTED = re.compile(  # a sign STOP; FedEx painted on it
     r"\b[Ss]igns?(?: \w+){0,2} [A-Z]{2,}\b|"
     r"\b[A-Z]\w+ (?:painted|printed|stamped|engraved|embroidered|stencill?ed|emblazoned) (?:on|across|along|in|over)\b"
 )
-_OTHER_SCRIPTS = re.compile(
-    r"左|右|왼|오른|лев|прав|αριστερ|δεξι|يسار|يمين|שמאל|ימין|बाए|बाईं|दाए|दाईं|ซ้าย|ขวา", re.IGNORECASE
-)
-_CLOSED = W.TURNING | W.FOREIGN | W.TYPOS | W.LETTERING
+_CLOSED = W.TURNING | W.TYPOS | W.LETTERING
 
 
 def obstacle(caption: str) -> str | None:
     """What of a caption forbids the mirror image: lettering, times, maps, sides in other words; None if nothing does."""
     if not caption.isascii():
         caption = unicodedata.normalize("NFC", caption)
-        plain = "".join(sign for sign in unicodedata.normalize("NFKC", caption) if unicodedata.category(sign) != "Cf")
-        if len(SIDE.findall(plain.lower())) != len(SIDE.findall(caption.lower())):
+        if len(SIDE.findall(abroad.plain(caption).lower())) != len(SIDE.findall(caption.lower())):
             return "a left or right in wide letters or with invisible signs"
-    for pattern in (_OTHER_SCRIPTS, _ELSEWHERE, _PAINTED, _QUOTES):
+    if foreign := abroad.found(caption):
+        return foreign
+    for pattern in (_ELSEWHERE, _PAINTED, _QUOTES):
         if found := pattern.search(caption):
             whole = _QUOTED.match(caption, found.start()) if pattern is _QUOTES else None
             return (whole or found).group()
     solid = [word for word in split(caption) if not word.isspace()]
     lower = [word.lower().replace("’", "'") for word in solid]
     known = set(lower)
-    closed = known & _CLOSED | ({"links"} if known & W.GERMANIC else set()) & known
+    closed = known & _CLOSED
     if known & W.CLOCKS and (known & W.TELLING or re.search(r"\d:\d\d", caption)):
         closed |= known & W.CLOCKS
     holding = {word for word in known if SIDE.search(word)}

@@ -145,12 +145,6 @@ DOING = _set("get gets getting got do does doing did done put puts putting set m
 
 # What forbids the flip of the whole caption.
 TURNING = _set("clockwise counterclockwise anticlockwise starboard southpaw southpaws lhs rhs")
-FOREIGN = _set(
-    "gauche droite izquierda izquierdo derecha derecho esquerda esquerdo direita direito sinistra sinistro destra linken linke "
-    "linker linkes rechten rechte rechts vänster höger venstre høyre højre lewej lewo lewa lewy prawej prawo prawa prawy vlevo "
-    "vpravo nalevo napravo solda solunda sağda sağında sağ vasemmalla oikealla kiri kanan trái phải stânga dreapta"
-)
-GERMANIC = _set("ein eine einem einen der die das und von vom neben im mit een het van naast steht")  # around "links"
 TYPOS = _set("rigth rihgt rght rigt lefft leftt lfet rightt")
 POLITICS = _set(
     "politics political politician politicians parliament senate senator senators party parties protest protesters protestors "
