@@ -43,6 +43,12 @@ def run(main: Callable[..., int], *, config: str | None = None, interrupted: boo
     if interrupted:
         signal.signal(signal.SIGINT, _interrupt)
         signal.signal(signal.SIGTERM, _interrupt)
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        # File names are UTF-8 to the libraries that write; Python alone would read them in the locale's encoding.
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a picture's name that the terminal lacks ends no work
     absl_logging.use_absl_handler()
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     absl_logging.set_verbosity(absl_logging.INFO)
@@ -172,12 +178,19 @@ def _fields(values: dict[str, Any], prefix: str = "") -> list[str]:
     return names
 
 
-def refuse_url(field: str, value: str) -> None:
-    """A bucket is read and written as a folder or not at all.
+def check_folder(field: str, value: str) -> None:
+    """A bucket is read and written as a folder or not at all, and shards and checkpoints by libraries that know UTF-8 alone.
 
     Raises:
-      InputError: the value is a URL; the message says what to do.
+      InputError: the value is a URL, or its whole path is not UTF-8; the message says what to do.
     """
+    try:
+        os.path.abspath(os.path.expanduser(value)).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{field}={os.path.abspath(value)!a}: the name of this folder, or of one that it is in, is not UTF-8 (an old "
+            "archive or disk?); rename it."
+        ) from error
     if "://" in value:
         raise InputError(
             f"{field}={value}: a folder is wanted, not a URL (ArrayRecord writes to files alone); mount the bucket as one "

@@ -90,7 +90,7 @@ def check(config: Any) -> None:
     for name in ("images", "out"):
         if not config[name]:
             raise InputError(f"config.{name} is empty; give the folder with --config.{name}=DIR.")
-        commandline.refuse_url(f"config.{name}", config[name])
+        commandline.check_folder(f"config.{name}", config[name])
     _check_engine(config)
     if not config.resolutions or len(set(config.resolutions)) != len(config.resolutions):
         raise InputError(f"config.resolutions={config.resolutions}: one or more different numbers are wanted.")

@@ -29,7 +29,8 @@ def main(config) -> int:
         raise InputError(
             "--config names no configuration of a training run; take configs/nano.py or configs/full.py:256."
         )
-    commandline.refuse_url("config.data.path", config.data.path)
+    commandline.check_folder("config.data.path", config.data.path)
+    commandline.check_folder("--workdir", WORKDIR.value)
     if config.train.deterministic:  # read when JAX starts; on the CPU everything is deterministic already
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     from jaxdit import processes

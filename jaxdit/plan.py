@@ -172,7 +172,7 @@ def plan(
     if device and device != "cpu" and estimate.peak_flops(device, "bfloat16") is None:
         near = ", ".join(_nearest_cards(device))
         raise InputError(f"--device={device}: no such card is known; the nearest are {near}; --measure runs on any.")
-    commandline.refuse_url("config.data.path", config.data.path)
+    commandline.check_folder("config.data.path", config.data.path)
     checked = config.copy_and_resolve_references()
     checked.data.path = config.data.path or "assumed"
     workdir.check(checked, jax.device_count() if real else cards or 1)
