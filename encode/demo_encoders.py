@@ -78,6 +78,9 @@ class DemoText:
     def count_tokens(self, caption: str) -> int:
         return len(_words(caption)) + 1
 
+    def unknown(self, caption: str) -> float:
+        return 0.0
+
     def _encode(self, caption: str) -> np.ndarray:
         words = ["", *_words(caption)[: self.max_tokens - 1], _END, ""]
         vectors = np.stack([_signs(word) if word else np.zeros(TEXT_WIDTH, np.float32) for word in words])

@@ -46,6 +46,9 @@ class Text(Protocol):
     def count_tokens(self, caption: str) -> int:
         """Tokens of the whole caption; more than max_tokens means that it is cut."""
 
+    def unknown(self, caption: str) -> float:
+        """Share of a caption's tokens that stand for whatever the model has no word for."""
+
 
 class Vision(Protocol):
     """Whole pictures to one vector each."""

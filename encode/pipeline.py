@@ -25,6 +25,7 @@ from encode.leg import DISK_FULL, Progress, disk_full, say_need, say_problems
 from encode.plan import Stopped
 from encode.records import InputError
 from encode.shard import Context, Encoders, Job, WorkFailed, encode_batch, encode_shard
+from encode.sidecars import shown
 from encode.source import Collection, Item, Problem, walk
 from encode.workers import CannotStart, Workers
 
@@ -116,6 +117,7 @@ def _run(config: Any, out: Path, encoders: Encoders, workers: Workers, stop, onl
     listed = ", ".join(f"{name} ({count})" for name, count in pictures.items())
     log.info("%d buckets at %d, with their pictures: %s.", len(pictures), largest, listed)
     todo = [job for job in jobs if context.missing(job) or not context.part(job).exists()]
+    check_words(context, todo)
     say_need(out, bytes_to_write(context, todo))
     progress = Progress("pictures encoded", pictures.total(), sum(len(job.entries) for job in todo), out)
     progress.refused = len(plan["quarantine"])
@@ -189,11 +191,41 @@ def read_part(path: Path) -> dict[str, Any]:
     return records.read_json(path, "remove it and run again: its shard is then encoded again")
 
 
+def _some_captions(context: Context, jobs: Sequence[Job]) -> list[tuple[str, str]]:
+    """(name, caption) of about 200 pictures spread over all."""
+    names = [entry[0] for job in jobs for entry in job.entries]
+    return [(name, context.items[name].caption(context.config.seed)) for name in names[:: max(1, len(names) // 200)]]
+
+
+def check_words(context: Context, jobs: Sequence[Job]) -> None:
+    """Captions of which the text encoder has no words are all alike to the model: said, and refused where they are the rule.
+
+    Raises:
+      InputError: most captions are largely such signs.
+    """
+    some = _some_captions(context, jobs)
+    shares = {name: context.encoders.text.unknown(text) for name, text in some}
+    strange = [(name, text) for name, text in some if shares[name] >= 0.25]
+    if not any(shares.values()):
+        return
+    name, text = strange[0] if strange else next((name, text) for name, text in some if shares[name])
+    words = f"such as that of {shown(name)}: {shown(text[:60])}"
+    if len(strange) > len(some) / 2:
+        raise InputError(
+            f"{len(strange)} of {len(some)} captions looked at are in signs that the text encoder has no tokens for, {words}. "
+            "To the model they would all be the same. Translate them: T5 reads English, and some French, German and Romanian."
+        )
+    some_unknown = sum(share > 0 for share in shares.values())
+    log.warning(
+        "%d of %d captions looked at hold signs that the text encoder does not know, %d of them little else, %s.",
+        some_unknown, len(some), len(strange), words,
+    )  # fmt: skip
+
+
 def bytes_to_write(context: Context, jobs: Sequence[Job]) -> int:
     """About how much disk some shards need: latents by their shapes, text by the tokens of a few captions."""
     encoders, config, total = context.encoders, context.config, 0
-    names = [entry[0] for job in jobs for entry in job.entries]
-    some = [context.items[name].caption(config.seed) for name in names[:: max(1, len(names) // 200)]]
+    some = [text for _, text in _some_captions(context, jobs)]
     tokens = [min(encoders.text.count_tokens(text), encoders.text.max_tokens) for text in some]
     rest = 4 * encoders.text.width * sum(tokens) / max(1, len(tokens)) + 8 * context.vision_width
     for job in jobs:

@@ -200,6 +200,11 @@ class T5Text(DeviceEncoder):
     def count_tokens(self, caption: str) -> int:
         return len(self._tokenizer(caption, verbose=False).input_ids)
 
+    def unknown(self, caption: str) -> float:
+        """T5's words are English, French, German and Romanian: signs of other scripts are all one token (Raffel et al. 2020)."""
+        ids = self._tokenizer(caption, verbose=False, add_special_tokens=False).input_ids
+        return ids.count(self._tokenizer.unk_token_id) / max(len(ids), 1)
+
     @torch.inference_mode()
     def _encode(self, captions: Sequence[str]) -> list[np.ndarray]:
         tokens = [

@@ -59,6 +59,9 @@ class Text:
     def count_tokens(self, text):
         return len(text.split())
 
+    def unknown(self, text):
+        return sum(not word.isascii() for word in text.split()) / len(text.split())
+
 
 class Vision:
     """Mean colour, and how much brighter the left half is."""

@@ -478,3 +478,19 @@ def test_a_thousand_bad_inputs_are_one_line(tmp_path, caplog):
     assert sum("inputs refused" in line for line in caplog.messages) == 1
     assert sum(record.name.startswith("encode") for record in caplog.records) < 20  # others are silenced on the console
     assert time.monotonic() - start < 20
+
+
+def test_captions_that_the_text_encoder_has_no_words_for_are_named_or_refused(images, tmp_path, caplog):
+    """T5 reads a caption in Chinese as one unknown sign: all of them alike, and a month would be trained on that."""
+    few = shutil.copytree(images, tmp_path / "few")
+    captions = sorted(few.rglob("*.txt"))
+    captions[0].write_text("左边有 一只红色的猫", encoding="utf-8")
+    with caplog.at_level("WARNING"):
+        assert _run(few, tmp_path / "out").encoded == 10
+    (said,) = [line for line in caplog.messages if "does not know" in line]
+    assert said.startswith("1 of 10 captions looked at hold signs") and "左边有 一只红色的猫" in said
+    for file in captions[:6]:
+        file.write_text("左边有 一只红色的猫", encoding="utf-8")
+    with pytest.raises(InputError, match=r"^6 of 10 captions looked at are in signs .* Translate them"):
+        _run(few, tmp_path / "none")
+    assert not (tmp_path / "none" / "128").exists()

@@ -370,3 +370,9 @@ def test_fingerprint_knows_the_weights(kind, folders, tmp_path):
     save_file(weights | {key: weights[key] + 1e-3}, folder / name, metadata={"format": "pt"})
     other = LOADERS[kind](folder).fingerprint
     assert {field for field in same if same[field] != other[field]} == {"weights"}
+
+
+def test_t5_counts_what_it_has_no_tokens_for(text):
+    caption = tiny_models.CORPUS[0]
+    assert text.unknown(caption) == 0 and text.unknown("左边有一只红色的猫") >= 0.5
+    assert 0 < text.unknown(f"{caption} 猫") < 0.25
