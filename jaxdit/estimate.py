@@ -42,7 +42,7 @@ PEAKS = (
     (r"L4", 121.0, 60.0, 24),
     (r"A10", 125.0, 62.5, 24),
     (r"A40", 149.7, 74.8, 48),
-    (r"A100[- ].*80GB", 312.0, 156.0, 80),
+    (r"A100[- ](.*[- ])?80GB( .*)?", 312.0, 156.0, 80),
     (r"A100([- ].*)?", 312.0, 156.0, 40),
     (r"H100 PCIe", 756.0, 378.0, 80),
     (r"H100 NVL", 835.0, 417.0, 94),
@@ -177,7 +177,7 @@ def memory(
 
     Args:
       settings: of the model.
-      parameters: how many the model has.
+      parameters: how many of the model's the device holds.
       micro_batch: images of a micro-batch on this device.
       latent_shape: [height, width, channels].
       text_length: tokens that the text is padded to.
@@ -185,8 +185,8 @@ def memory(
       optimizer: "adamw" or "muon".
     """
     copy = FLOAT32 * parameters
-    kernels = min(copy, FLOAT32 * settings["layers"] * KERNELS * settings["width"] ** 2)
-    moments, changes = (2 * copy - kernels, 3 * kernels) if optimizer == "muon" else (2 * copy, copy)
+    kernels = FLOAT32 * settings["layers"] * KERNELS * settings["width"] ** 2  # whole: Muon gathers them
+    moments, changes = (2 * copy - min(copy, kernels), 3 * kernels) if optimizer == "muon" else (2 * copy, copy)
     activations = activation_bytes(settings, micro_batch, latent_shape, text_length, remat=remat)
     if settings["scan_unroll"] == settings["layers"] > 1 and remat != "off":
         activations += copy if settings["dtype"] == "float32" else copy // 2  # kernels as they are multiplied

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxdit import estimate, model, startup, trained
+from jaxdit import estimate, mesh, model, startup, trained
 from jaxdit.measure import Bucket, Measured
 
 
@@ -54,8 +54,8 @@ def screen(
 ) -> str:
     """All that is known, on one screen; measured by the names of the given stage's buckets, empty without --measure."""
     settings = settings_for(given, device)
-    count = model.count_parameters(model.abstract(settings)[1])
-    held = -(-count // device.fsdp)  # by each device
+    shapes = model.abstract(settings)[1]
+    count, held = model.count_parameters(shapes), mesh.held(shapes, device.fsdp)
     return "\n".join(
         [
             *_heading(given, settings, count, device, measured),
@@ -134,7 +134,9 @@ def _memory(given, settings, held, device, measured) -> list[str]:
         mine = ", as configured" if remat == settings["remat"] else ""
         rows.append([remat, *map(_gigabytes, parts.values()), *_verdict(sum(parts.values()), device, mine)])
         fits = min(_largest(given.config, settings, held, device, bucket, remat) for bucket in given.buckets)
-        most.append(max((n for n in range(1, fits + 1) if train.batch_size % n == 0), default=0))
+        most.append(
+            max((n for n in range(device.count, fits + 1, device.count) if train.batch_size % n == 0), default=0)
+        )
     if largest.name in measured and measured[largest.name].memory:
         blank = [""] * (len(header) - 3)
         rows.append(["compiled", *blank, *_verdict(measured[largest.name].memory, device, ", as configured")])
@@ -162,13 +164,13 @@ def _largest(config, settings, held, device, bucket, remat) -> int:
 
 def _stages(stages, given, settings, device, watts, measured) -> list[str]:
     """Days and energy of each run, its buckets weighted by their images."""
-    share = _measured_share(given, settings, measured)
+    share = _measured_share(given, settings, device, measured)
     rows, all_samples, all_days = [], 0, 0.0
     for stage in stages:
         config, pictures = stage.config, sum(bucket.images for bucket in stage.buckets)
         samples, seconds = config.train.total_steps * config.train.batch_size, 0.0
         for bucket in stage.buckets:
-            hardware = _hardware(config, settings, bucket)
+            hardware = _hardware(config, settings, bucket, device)
             found = measured.get(bucket.name) if stage is given else None
             reached = share / hardware if share else _rate(config, settings, bucket, device)
             rate = found.rate if found and found.rate else reached
@@ -194,8 +196,10 @@ def _span(seconds: float, days: float, watts: float) -> list[str]:
     return ["" if math.isnan(seconds) else f"{1 / seconds:.3g}", f"{days:.3g}", f"{days * 24 * watts / 1000:,.3g}"]
 
 
-def _hardware(config, settings, bucket) -> float:
+def _hardware(config, settings, bucket, device) -> float:
+    """Operations an image, of all devices together: each group that holds a model makes the update anew."""
     update = estimate.update_flops(settings, config.optim.name) / config.train.batch_size
+    update *= device.count // device.fsdp
     return estimate.hardware_flops(settings, bucket.latent, bucket.text, remat=settings["remat"]) + update
 
 
@@ -203,15 +207,16 @@ def _rate(config, settings, bucket, device) -> float | None:
     if not device.peak:
         return None
     return estimate.images_per_second(
-        _hardware(config, settings, bucket), device.peak, estimate.utilisation(device.kind)
+        _hardware(config, settings, bucket, device), device.peak, estimate.utilisation(device.kind)
     )
 
 
-def _measured_share(given, settings, measured) -> float | None:
+def _measured_share(given, settings, device, measured) -> float | None:
     """Operations a second that the measured buckets reached together; other shapes are taken to reach the same."""
     good = [bucket for bucket in given.buckets if bucket.name in measured and measured[bucket.name].rate]
     seconds = sum(bucket.images / measured[bucket.name].rate for bucket in good)
-    return sum(bucket.images * _hardware(given.config, settings, bucket) for bucket in good) / seconds if good else None
+    done = sum(bucket.images * _hardware(given.config, settings, bucket, device) for bucket in good)
+    return done / seconds if good else None
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -215,10 +215,19 @@ def _specs(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(partial(_spec, mesh), tree)
 
 
+def held(shapes: Any, fsdp: int) -> int:
+    """How many scalars of a tree each device holds where one model is cut over fsdp of them."""
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    return sum(leaf.size // (fsdp if _is_cut(fsdp, _rule(_name(path)), leaf) else 1) for path, leaf in leaves)
+
+
 def _spec(mesh: Mesh, path: Any, leaf: Any) -> PartitionSpec:
     spec = _rule(_name(path))
-    cut = mesh.shape["fsdp"] > 1 and "fsdp" in spec and leaf.shape[spec.index("fsdp")] % mesh.shape["fsdp"] == 0
-    return spec if cut else PartitionSpec()
+    return spec if _is_cut(mesh.shape["fsdp"], spec, leaf) else PartitionSpec()
+
+
+def _is_cut(fsdp: int, spec: PartitionSpec, leaf: Any) -> bool:
+    return fsdp > 1 and "fsdp" in spec and leaf.shape[spec.index("fsdp")] % fsdp == 0
 
 
 def _rule(name: str) -> PartitionSpec:

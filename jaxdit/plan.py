@@ -182,7 +182,7 @@ def plan(
         raise InputError(str(error)) from error
     stages = read_stages(config, name, resolution)
     given = next(stage for stage in stages if stage.name == name)
-    watts = (cards or 1) * (watts or config.get("metrics", {}).get("watts", WATTS))
+    watts = (jax.device_count() if real else cards or 1) * (watts or config.get("metrics", {}).get("watts", WATTS))
     found = measure.measure(config, given.buckets, given.widths) if real else {}
     return forecast.screen(stages, given, look_at(device or CARD, memory_gb, config, real, cards or 1), watts, found)
 

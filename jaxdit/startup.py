@@ -170,7 +170,7 @@ def worst(config, dataset, settings, shapes) -> dict[str, int]:
     shape = max((info["latent"] for info in dataset.info["buckets"].values()), key=lambda latent: np.prod(latent))
     micro_batch = config.train.micro_batch // jax.device_count()
     _, fsdp = mesh.sizes(config.mesh.data, config.mesh.fsdp, jax.device_count())
-    parameters = -(-model.count_parameters(shapes) // fsdp)
+    parameters = mesh.held(shapes, fsdp)
     how = {"remat": settings["remat"], "optimizer": config.optim.name}
     return estimate.memory(settings, parameters, micro_batch, shape, tokens, **how)
 

@@ -196,7 +196,13 @@ def test_peaks_are_known_by_the_whole_name(kind, teraflops):
 
 @pytest.mark.parametrize(
     ("kind", "gb"),
-    [("NVIDIA GeForce RTX 5090", 32), ("NVIDIA A100-SXM4-80GB", 80), ("NVIDIA A100-SXM4-40GB", 40), ("cpu", None)],
+    [
+        ("NVIDIA GeForce RTX 5090", 32),
+        ("NVIDIA A100-SXM4-80GB", 80),
+        ("NVIDIA A100-SXM4-40GB", 40),
+        ("NVIDIA A100 80GB PCIe", 80),
+        ("cpu", None),
+    ],
 )
 def test_memory_is_known_by_the_name(kind, gb):
     assert estimate.card_gb(kind) == gb

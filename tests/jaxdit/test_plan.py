@@ -8,7 +8,7 @@ import pytest
 
 from configs import encode_demo, full, nano, quickstart
 from encode.records import InputError
-from jaxdit import data, estimate, forecast, measure, model, plan
+from jaxdit import data, estimate, forecast, measure, model, plan, workdir
 
 ROOT = Path(__file__).parents[2]
 FULL = "configs/full.py"
@@ -160,9 +160,10 @@ def test_muon_keeps_one_moment_less_and_its_products_take_their_time():
 
 
 def test_many_cards_divide_the_images_and_with_fsdp_the_model():
-    def screen(fsdp, cards, micro_batch):
+    def screen(fsdp, cards, micro_batch, **changes):
         config = full.get_config("512")
         config.mesh.fsdp, config.train.micro_batch = fsdp, micro_batch
+        config.update_from_flattened_dict(changes)
         return plan.plan(config, f"{FULL}:512", device="H100", cards=cards, watts=100.0)
 
     one, eight, cut = screen(1, 1, 8), screen(1, 8, 64), screen(8, 8, 64)
@@ -177,6 +178,25 @@ def test_many_cards_divide_the_images_and_with_fsdp_the_model():
         map(float, rows_of(text, "Stages")[f"{FULL}:512"][5:7]) for text in (one, eight, cut)
     )
     assert days == pytest.approx(8 * shared, rel=0.01) and energy == pytest.approx(as_much, rel=0.01)
+    # Six do not divide 1024 rows: each holds nearly all.
+    whole = rows_of(screen(6, 6, 48, **{"train.batch_size": 240}), "Memory")["none"]
+    assert float(whole[1]) > 0.8 * held[0][0]
+    # Muon gathers what is cut, and its update is made again by each group that holds a model.
+    muon = [screen(fsdp, 8, 64, **{"optim.name": "muon"}) for fsdp in (1, 8)]
+    needed = [sum(map(float, rows_of(text, "Memory")["none"][4:6])) for text in muon]
+    assert needed[1] > 3 * 4 * 0.9 * 0.5608
+    slow, quick = (float(rows_of(text, "Stages")[f"{FULL}:512"][5]) for text in muon)
+    assert slow > 1.2 * quick
+    assert quick == pytest.approx(shared, rel=0.05)
+
+
+def test_the_micro_batch_that_is_named_is_one_that_a_run_takes():
+    config = full.get_config("256")
+    config.train.update({"batch_size": 90, "micro_batch": 18})
+    text = plan.plan(config, f"{FULL}:256", device="RTX 4090", cards=2)  # 45 fit, but are not to be halved
+    config.train.micro_batch, config.data.path = int(text.split("at most ")[1].split()[0]), "somewhere"
+    workdir.check(config, 2)
+    assert config.train.micro_batch == 30
 
 
 def test_without_a_peak_there_is_memory_but_no_time():

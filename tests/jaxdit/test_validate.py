@@ -84,7 +84,7 @@ def test_an_untrained_model_fails_and_the_command_says_so(photographs, tmp_path)
 
 
 def test_a_model_trained_without_text_fails_where_text_is_asked_for(photographs, tmp_path):
-    result = judged(photographs, tmp_path / "run", "text always dropped", steps=50)
+    result = judged(photographs, tmp_path / "run", "text always dropped", steps=150)
     assert {"text_only_ssim", "text_composition"} <= set(result["failed"])
     assert result["checks"]["conditioning"]["value"] == [
         "null_vision has not moved"
