@@ -130,7 +130,7 @@ def application(at: desk.Desk, host: str) -> Any:
     ui.page("/")(lambda: easel.Easel(at))
     ui.run_with(app, reconnect_timeout=AWAY, **words)
     if _only_here(host):  # a page elsewhere that gives its own name this address gets no answer
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=HERE, www_redirect=False)
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*HERE, "[::1]"], www_redirect=False)
     app.add_middleware(Bounded)
     return app
 

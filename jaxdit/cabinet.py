@@ -9,6 +9,7 @@ import itertools
 import re
 import threading
 from pathlib import Path
+from urllib.parse import quote
 
 from encode.records import InputError, publish
 from jaxdit import album
@@ -109,6 +110,14 @@ class Cabinet:
         path = self.folder / name
         fine = Path(name).name == name and name.endswith(".png") and not name.startswith(".")
         return path if fine and path.is_file() else None
+
+    def address(self, kind: str, name: str) -> str:
+        """Of "picture" or "small", another one whenever the file is another one: browsers keep what they have seen."""
+        try:
+            version = (self.folder / name).stat().st_mtime_ns
+        except OSError:  # removed just now
+            version = 0
+        return f"/{kind}/{quote(name)}?v={version}"
 
     def settings(self, name: str) -> dict[str, str]:
         """What made a picture, as its file says; {} where it says nothing."""

@@ -172,6 +172,8 @@ class Desk:
         """Nobody wants it any more; what is drawn stays."""
         with self._changed:
             job.cancelled = True
+            if not job.ended:
+                job.phase = "Stopping after the evaluation in hand …"
             if job in self._waiting:
                 self._waiting.remove(job)
                 job.phase, job.ended = "Stopped before it was begun.", True
@@ -336,10 +338,11 @@ class Desk:
             notes.append(f"The reference ({said['reference']}) is not in this gallery.")
         if said.get("init"):
             notes.append("It was begun from a picture, which the page does not do; jaxdit.sample --init does.")
-        raw, step = said.get("weights") == "raw", _number(said.get("step"), self.step)
+        raw, step = said.get("weights") == "raw", int(_number(said.get("step"), self.step))
         if step not in self.steps(raw):
-            notes.append(f"Its checkpoint, step {step}, is no longer there; step {self.step} is taken.")
-            raw, step = False, self.step
+            newest = max(self.steps(), default=self.step)
+            notes.append(f"Its checkpoint, step {step:,}, is no longer there; step {newest:,} is taken.")
+            raw, step = False, newest
         mix = _number(said.get("mix", "").split(",")[0], 0.5)
         sample = self.config["sample"]
         size = said.get("size", "")

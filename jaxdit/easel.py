@@ -87,6 +87,8 @@ class Easel:
         self.compare = ui.toggle(ways, value="one").props(
             'spread no-caps unelevated toggle-color=primary aria-label="Compare"'
         )
+        for one in (self.count, self.text.box, self.vision.box):
+            one.bind_visibility_from(self.compare, "value", lambda way: way != "weights")
         with ui.element("div").classes("stack").bind_visibility_from(self.compare, "value", value="weights"):
             self.texts = ui.input("Weights of the prompt", value="1, 1.5, 3").props("outlined dense")
             self.visions = ui.input("Weights of the reference", value="1, 1.5, 2.5").props("outlined dense")
@@ -141,13 +143,14 @@ class Easel:
         self._say_what_runs()
 
     async def _bring(self, event: Any) -> None:
+        name = None
         try:
             name = await run.io_bound(self.desk.cabinet.take_in, event.file.name, await event.file.read())
         except InputError as error:
             self._refuse(f"{event.file.name}: {error}")
         except Exception as error:  # the processes that read pictures do not come up, a disk is gone
             self._refuse(f"{event.file.name}: {error}")
-        else:
+        if name:  # none where the server ends meanwhile
             self._pin([*[kept for kept in self.references if kept != name], name][-2:])
         self.drop.reset()
 
@@ -177,6 +180,8 @@ class Easel:
         way, steps = self.compare.value, sorted(self.at.value or [])
         if way == "time" and len(steps) < 2:
             raise InputError("Choose at least two checkpoints to compare.")
+        if way != "time" and self.step.value is None:
+            raise InputError(f"This run keeps no {'raw' if self.raw.value else 'averaged'} weights.")
         return desk.Order(
             prompt=self.prompt.value or "",
             references=tuple(self.references),
@@ -199,6 +204,7 @@ class Easel:
             self.job = self.desk.take_order(self._order())
         except InputError as error:
             self._tell([str(error)])
+            self._choose_steps()  # a training that goes on saves steps and gives some up
             return
         self._tell([])
         self.changes = 0
@@ -216,9 +222,9 @@ class Easel:
             people = f"{ahead} drawing is before yours" if ahead == 1 else f"{ahead} drawings are before yours"
             self.status.text = f"Waiting: {people}." if ahead else job.phase
             self.bar.value = job.done
-            if job.changes != self.changes:
+            if job.changes != self.changes or ended:
                 self.changes = job.changes
-                self._show(job)
+                self._show(job, last=ended)
             if ended:
                 self._tell(job.problems)
                 self.button.enable()
@@ -267,16 +273,15 @@ class Easel:
                     _when_chosen(image, lambda row=row, column=column, job=job: self._open(job.names[row][column]))
                     self.images[-1].append(image)
 
-    def _show(self, job: desk.Job) -> None:
+    def _show(self, job: desk.Job, last: bool = False) -> None:
         for images, names, views in zip(self.images, job.names, job.views):
             for image, name, view in zip(images, names, views):
                 if name is not None:
-                    _set(
-                        image,
-                        src=f"/picture/{quote(name)}",
-                        alt=job.order.prompt or "A picture without a prompt",
-                        role="button",
-                    )
+                    address, words = self.desk.cabinet.address("picture", name), job.order.prompt
+                    _set(image, src=address, alt=words or "A picture without a prompt", role="button")
+                    image.classes(remove="wait soon")
+                elif last:
+                    _set(image, alt="Not drawn")
                     image.classes(remove="wait soon")
                 elif view is not None:
                     _set(image, src=_data(view), alt="Being drawn")
@@ -308,7 +313,8 @@ class Easel:
             for name in names[: self.shown]:
                 image = ui.element("img").classes("picture")
                 prompt = self.desk.cabinet.settings(name).get("prompt") or "without a prompt"
-                _set(image, src=f"/small/{quote(name)}", alt=prompt, title=prompt, role="button", loading="lazy")
+                _set(image, src=self.desk.cabinet.address("small", name), alt=prompt, title=prompt)
+                _set(image, role="button", loading="lazy")
                 _when_chosen(image, lambda name=name: self._open(name))
             if not names:
                 ui.label("What you draw is kept here, with its settings.").classes("soft").style("grid-column:1/-1")
@@ -319,7 +325,8 @@ class Easel:
             return
         self.large.clear()
         with self.large:
-            _set(ui.element("img").classes("picture"), src=f"/picture/{quote(name)}", alt=said.get("prompt") or name)
+            address = self.desk.cabinet.address("picture", name)
+            _set(ui.element("img").classes("picture"), src=address, alt=said.get("prompt") or name)
             with ui.element("div").classes("stack"):
                 ui.label(said.get("prompt") or "Without a prompt").classes("words")
                 with ui.element("div").classes("said"):
@@ -331,7 +338,7 @@ class Easel:
                     ui.label(said["command"]).classes("command")
                 with ui.element("div").classes("line flex-wrap"):
                     download = ui.button("Download PNG", icon="download").props("unelevated")
-                    _set(download, href=f"/picture/{quote(name)}?download=1", download=name)
+                    _set(download, href=f"{address}&download=1", download=name)
                     ui.button("Use these settings", on_click=lambda: self._use(name)).props("outline")
                     ui.button(icon="close", on_click=self.dialog.close).props("flat dense round aria-label=Close")
         self.dialog.open()
@@ -357,7 +364,7 @@ def _set(element: Any, **props: str) -> None:
 
 
 def _when_chosen(image: Any, do: Callable[[], None]) -> None:
-    image.props("tabindex=0").on("click", do).on("keydown.enter", do)
+    image.props("tabindex=0").on("click", do).on("keydown.enter", do).on("keydown.space.prevent", do)
 
 
 def _data(jpeg: bytes) -> str:

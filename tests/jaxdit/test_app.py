@@ -244,6 +244,20 @@ def test_settings_come_back_from_an_entry(at):
     order, notes = at.order_of("hurt.png")
     assert (order.at, order.raw, order.references, order.size, order.seed) == ((LATER,), False, (), "", 0)
     assert len(notes) == 4 and order.text == (at.config["sample"]["text_guidance"],)
+    assert f"Its checkpoint, step 7, is no longer there; step {LATER:,} is taken." in notes
+    at.step = 1  # the newest when the page was started; a training that goes on has given it up since
+    assert at.order_of("hurt.png")[0].at == (LATER,)
+
+
+def test_another_picture_of_the_same_name_has_another_address(at):
+    at_album = album.Album(at.gallery)
+    at_album.save("a b.png", Image.new("RGB", (32, 32)), {"seed": "0"})
+    before = at.cabinet.address("small", "a b.png")
+    assert before.startswith("/small/a%20b.png?v=") and before == at.cabinet.address("small", "a b.png")
+    (at.gallery / "a b.png").unlink()
+    assert at.cabinet.address("small", "a b.png") == "/small/a%20b.png?v=0"
+    at_album.save("a b.png", Image.new("RGB", (32, 32), "red"), {"seed": "0"})
+    assert at.cabinet.address("small", "a b.png") not in (before, "/small/a%20b.png?v=0")
 
 
 # The gallery's files and what people bring.
