@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ JSON_BYTES = 1 << 24  # a vector of numbers may be in it
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 _UNSEEN = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060"  # marks that str.strip keeps
+_BLANK = frozenset("\u034f\u115f\u1160\u2800\u3164\uffa0")  # letters and signs that show nothing
 
 
 class Unusable(ValueError):
@@ -69,10 +71,17 @@ def captions_of(value: Any) -> tuple[str, ...]:
         if len(text) > CAPTION_BYTES:
             raise Unusable(f"the caption is too long ({len(text):,} characters)")
     stripped = (text.strip().strip(_UNSEEN).strip() for text in values)
-    captions = tuple(dict.fromkeys(text for text in stripped if text))
+    captions = tuple(dict.fromkeys(text for text in stripped if text and (text.isascii() or _shows(text))))
     if not captions:
         raise Unusable("the caption is empty")
     return captions
+
+
+def _shows(text: str) -> bool:
+    return any(
+        unicodedata.category(sign)[0] not in "CZ" and sign not in _BLANK and not "\ufe00" <= sign <= "\ufe0f"
+        for sign in text
+    )
 
 
 def may_flip(record: Mapping[str, Any]) -> bool:

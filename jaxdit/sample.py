@@ -14,7 +14,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's enc
 
 import contextlib
 import math
-import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -218,7 +217,8 @@ class _Progress:
 
     def picture(self, path: Path, wish: Wish) -> None:
         if self.total <= FEW:
-            print(f"{path}: {textwrap.shorten(_words(wish), 100, placeholder=' ...')}")
+            words = " ".join(_words(wish).split())
+            print(f"{path}: {words if len(words) <= 100 else words[:96] + ' ...'}")
 
     def batch(self, count: int) -> None:
         self.done += count

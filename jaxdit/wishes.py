@@ -214,7 +214,8 @@ def wish(fields: Mapping[str, Any], defaults: Mapping[str, Any], shapes: Shapes,
     if count < 1:
         raise InputError(f"{where}: count={count}: at least 1 picture is needed.")
     if not 0 <= seed <= LARGEST_SEED + 1 - count:
-        raise InputError(f"{where}: seed={seed}: seeds go from 0 to {LARGEST_SEED:,}.")
+        more = f" and {count} pictures go on to {seed + count - 1:,}" if count > 1 else ""
+        raise InputError(f"{where}: seed={seed}{more}: seeds go from 0 to {LARGEST_SEED:,}.")
     return [
         Wish(prompt, references, mix, seed + number, size, scales[0], scales[1], init, strength, where)
         for number in range(count)

@@ -100,6 +100,7 @@ BAD_TEXTS = {
     "lines": (b"\n\n\n", "the caption is empty"),
     "mark": (codecs.BOM_UTF8, "the caption is empty"),
     "unseen": ("\u200b\ufeff".encode(), "the caption is empty"),
+    "blank": ("\u2067\u3164\ufe0f \u2800\u00ad".encode(), "the caption is empty"),
     "huge": (b"cat " * 300_000, "too large for a caption (over 1 MiB)"),
 }
 

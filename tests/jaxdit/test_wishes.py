@@ -43,7 +43,7 @@ def test_two_references_are_mixed_by_weights_that_sum_to_one():
         ({"prompt": 3}, "prompt=3 is not a string"),
         ({"seed": 1.5}, "seed=1.5 is not a whole number"),
         ({"seed": True}, "seed=True"),
-        ({"seed": 2**32 - 1, "count": 2}, "seeds go from 0 to 4,294,967,295"),
+        ({"seed": 2**32 - 1, "count": 2}, "2 pictures go on to 4,294,967,296: seeds go from 0 to 4,294,967,295"),
         ({"count": 0}, "count=0"),
         ({"scales": 3}, r"scales=3: two numbers"),
         ({"scales": [1, float("nan")]}, "scales=nan is not a number"),
