@@ -70,11 +70,12 @@ def traced_once():
     @functools.wraps(new_state)
     def same_state(settings, optimizer, seed):
         name = ("state", json.dumps(dict(settings)), optimizer, seed)
+        fresh = functools.partial(new_state, settings, optimizer, seed)
         if name not in known:
+            if sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(fresh))) > 1_000_000:
+                return fresh()  # too large to be kept; often one whose shapes alone are wanted
             with jax.ensure_compile_time_eval():
-                known[name] = jax.tree.map(
-                    np.asarray, jax.jit(functools.partial(new_state, settings, optimizer, seed))()
-                )
+                known[name] = jax.tree.map(np.asarray, jax.jit(fresh)())
         return jax.tree.map(jnp.asarray, known[name])
 
     mesh.compiled, optim.of_config, optim.learning_rate = share, same_optimizer, functools.cache(learning_rate)
