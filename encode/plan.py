@@ -298,6 +298,13 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def refuse_difference(out: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if listed := differences(stored, wanted):
+        if stored.get("rules") != wanted.get("rules") and not differences(
+            stored | {"rules": {}}, wanted | {"rules": {}}
+        ):
+            raise InputError(
+                f"{out} was begun by another version of this program, whose records are not of one kind with today's: {listed}. "
+                "What is encoded stays; to go on with it or add to it, check out that version, or choose a new config.out."
+            )
         raise InputError(
             f"{out} was begun with another configuration: {listed}. Set it back, or choose a new config.out."
         )

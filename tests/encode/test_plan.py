@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encode import buckets, pipeline, prepare, records
+from encode import buckets, captions, pipeline, prepare, records
 from encode.records import InputError
 from encode.workers import Workers
 from tests.encode import fakes
@@ -33,6 +33,21 @@ def _records(root):
     dataset = records.load_dataset(root)
     found = [record for bucket in dataset["buckets"] for record in records.open_bucket(root, bucket)]
     return {record["id"].decode(): record for record in found}
+
+
+def test_other_rules_are_another_version_of_the_program_not_a_field_to_set_back(tmp_path, monkeypatch):
+    images = _save(tmp_path / "in", a=(200, 200))
+    monkeypatch.setattr(captions, "RULES", captions.RULES - 1)
+    _run(images, tmp_path / "out")
+    monkeypatch.undo()
+    _save(images, b=(200, 200))
+    with pytest.raises(
+        InputError, match=r"begun by another version of this program.*version \d.*What is encoded stays"
+    ) as refused:
+        _run(images, tmp_path / "out")
+    assert "Set it back" not in str(refused.value)
+    with pytest.raises(InputError, match=r"another configuration: .*Set it back"):
+        _run(images, tmp_path / "out", seed=7)
 
 
 def test_named_buckets_are_the_only_ones(tmp_path):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from jaxdit import advice, judge, likeness
 
-COUNT, WIDTH = 24, 64
+COUNT, WIDTH = 40, 64
 CONFIG = {
     "flow": {"drop_vision": 0.1, "drop_text": 0.1}, "optim": {"ema_decay": 0.9999}, "data": {"normalize_vision": False}
 }  # fmt: skip
