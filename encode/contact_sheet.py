@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
-from encode import images
+from encode import images, writing
 
-SIDE, MARGIN, LINE, LINES = 160, 8, 13, 3  # pixels; lines of words
+SIDE, MARGIN, LINE = 160, 8, 13  # pixels
 PAPER, INK = (250, 250, 248), (30, 30, 30)
 
 
@@ -49,35 +49,13 @@ def draw(pictures: Sequence[np.ndarray], words: Sequence[str]) -> Image.Image:
     """
     columns = min(len(pictures), max(10, math.ceil(math.sqrt(len(pictures)))))
     rows = math.ceil(len(pictures) / columns)
-    wide, high = SIDE + MARGIN, SIDE + MARGIN + LINES * LINE + 4
+    wide, high = SIDE + MARGIN, SIDE + MARGIN + writing.LINES * LINE + 4
     page = Image.new("RGB", (columns * wide + MARGIN, rows * high + MARGIN), PAPER)
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+    pen, font = ImageDraw.Draw(page), writing.font(11, words)
     for place, (picture, text) in enumerate(zip(pictures, words)):
         left, top = MARGIN + place % columns * wide, MARGIN + place // columns * high
         height, width = picture.shape[:2]
         page.paste(Image.fromarray(picture), (left + (SIDE - width) // 2, top + (SIDE - height) // 2))
-        for number, line in enumerate(_lines(text, font)):
+        for number, line in enumerate(writing.lines(text, font, SIDE)):
             pen.text((left, top + SIDE + 3 + number * LINE), line, INK, font)
     return page
-
-
-def _lines(text: str, font) -> list[str]:
-    """The text in at most LINES lines that fit, with an ellipsis where it is cut."""
-    lines, rest = [], " ".join(text.split())
-    while rest and len(lines) < LINES:
-        end = _fitting(rest, font)
-        if end < len(rest) and len(lines) == LINES - 1:
-            return [*lines, rest[: max(end - 1, 1)].rstrip() + "…"]
-        cut = rest.rfind(" ", 0, end + 1) if end < len(rest) else end
-        cut = cut if cut > 0 else end
-        lines.append(rest[:cut])
-        rest = rest[cut:].lstrip()
-    return lines
-
-
-def _fitting(text: str, font) -> int:
-    """How many characters of the text fit into one line; at least one."""
-    end = min(len(text), 2 * SIDE // LINE * 2)
-    while end > 1 and font.getlength(text[:end]) > SIDE:
-        end -= 1
-    return end

@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
-SIDE, MARGIN, LINE, LINES = 256, 8, 15, 3  # pixels; lines of words
+from encode import writing
+
+SIDE, MARGIN, LINE = 256, 8, 15  # pixels
 NARROWEST = 200  # pixels of words
 LARGEST_CELL = 512
 PAPER, INK = (250, 250, 248), (30, 30, 30)
@@ -30,14 +32,14 @@ def contact_sheet(pictures: Sequence[np.ndarray], words: Sequence[str]) -> Image
     columns = math.ceil(math.sqrt(len(pictures)))
     side, above = (max(picture.shape[axis] for picture in pictures) for axis in (1, 0))
     side = max(side, NARROWEST)
-    wide, high = side + MARGIN, above + MARGIN + LINES * LINE + 4
+    wide, high = side + MARGIN, above + MARGIN + writing.LINES * LINE + 4
     page = Image.new("RGB", (columns * wide + MARGIN, math.ceil(len(pictures) / columns) * high + MARGIN), PAPER)
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    pen, font = ImageDraw.Draw(page), writing.font(12, words)
     for place, (picture, text) in enumerate(zip(pictures, words)):
         left, top = MARGIN + place % columns * wide, MARGIN + place // columns * high
         height = picture.shape[0]
         page.paste(Image.fromarray(picture), (left, top + above - height))
-        for number, line in enumerate(_lines(text, font, side)):
+        for number, line in enumerate(writing.lines(text, font, side)):
             pen.text((left, top + above + 3 + number * LINE), line, INK, font)
     return page
 
@@ -51,10 +53,10 @@ def grid(cells: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Se
       title: above all, cut to three lines.
     """
     height, width = cells[0][0].shape[:2]
-    font = ImageFont.load_default(14)
+    font = writing.font(14, [title, *rows, *columns])
     left = MARGIN + max(math.ceil(font.getlength(label)) for label in rows) + MARGIN
     column = max(width, *(math.ceil(font.getlength(label)) for label in columns))
-    lines = _lines(title, font, len(columns) * (column + MARGIN))
+    lines = writing.lines(title, font, len(columns) * (column + MARGIN))
     top = MARGIN + len(lines) * 20 + 24
     page = Image.new("RGB", (left + len(columns) * (column + MARGIN), top + len(rows) * (height + MARGIN)), PAPER)
     pen = ImageDraw.Draw(page)
@@ -69,19 +71,3 @@ def grid(cells: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Se
             x = left + place * (column + MARGIN)
             page.paste(Image.fromarray(cell), (x, y))
     return page
-
-
-def _lines(text: str, font, width: float) -> list[str]:
-    """The text in at most LINES lines that fit, with an ellipsis where it is cut."""
-    lines, rest = [], " ".join(text.split())
-    while rest and len(lines) < LINES:
-        end = len(rest)
-        while end > 1 and font.getlength(rest[:end]) > width:
-            end -= 1
-        if end < len(rest) and len(lines) == LINES - 1:
-            return [*lines, rest[: max(end - 1, 1)].rstrip() + "…"]
-        cut = rest.rfind(" ", 0, end + 1) if end < len(rest) else end
-        cut = cut if cut > 0 else end
-        lines.append(rest[:cut])
-        rest = rest[cut:].lstrip()
-    return lines

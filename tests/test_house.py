@@ -36,7 +36,7 @@ FLOORS = [
         "state_dict",
     },
 ]
-SHARED = {"encode.records", "encode.commandline"}  # what both halves import
+SHARED = {"encode.records", "encode.commandline", "encode.writing"}  # what both halves import
 EDGE = {
     "sample",
     "conditions",

@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from configs import encode_demo
-from encode import contact_sheet, demo, pipeline, records, selection, stats, subset, survey
+from encode import contact_sheet, demo, pipeline, records, selection, stats, subset, survey, writing
 from encode import main as encode_main
 from encode.demo_encoders import DemoVAE, oklab
 from encode.records import InputError
@@ -465,7 +465,7 @@ def test_a_sheet_has_a_place_for_each_picture_and_words_in_any_script():
         [picture] * 23, ["1. a word"] * 11 + ["2. " + "long " * 90, "", "x" * 500] + ["左のねこ"] * 9
     )
     wide = contact_sheet.SIDE + contact_sheet.MARGIN
-    assert page.size == (10 * wide + 8, 3 * (wide + contact_sheet.LINES * contact_sheet.LINE + 4) + 8)
+    assert page.size == (10 * wide + 8, 3 * (wide + writing.LINES * contact_sheet.LINE + 4) + 8)
 
 
 def test_wrong_calls_end_with_one_sentence_and_code_2(few, tmp_path):
