@@ -386,3 +386,17 @@ def test_any_byte_of_a_pixel_hash_changes_what_is_kept_of_it():
         other = row.copy()
         other["pixel_hash"] = row["pixel_hash"][0][:place] + b"x" + row["pixel_hash"][0][place + 1 :]
         assert data.kept_rows(other) != data.kept_rows(row), place
+
+
+@pytest.mark.parametrize("few", [0, 2**16])
+def test_an_order_of_few_and_of_many_has_each_number_once_and_is_its_seed_s(monkeypatch, few):
+    monkeypatch.setattr(order, "FEW", few)
+
+    def numbers(seed, count=40):
+        found = order.permutation(count, order.generator(seed))
+        return [int(found[place]) for place in range(count)]
+
+    assert sorted(numbers(1)) == list(range(40)) and numbers(1) == numbers(1)
+    assert len({tuple(numbers(seed)) for seed in range(20)}) == 20
+    firsts = [numbers(seed, 4)[0] for seed in range(200)]
+    assert all(20 < firsts.count(number) < 90 for number in range(4))

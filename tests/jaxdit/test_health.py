@@ -1,4 +1,4 @@
-"""Verdicts on made-up runs of every kind, on noise, and on recorded runs (curves/README.md says how those were made)."""
+"""Verdicts on made-up runs of every kind, on noise, and on recorded runs (curves/record.py made those)."""
 
 import itertools
 import json
