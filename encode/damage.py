@@ -97,8 +97,8 @@ def jpeg_with_filling(data: bytes) -> bytes:
             at = after
             continue
         marker = _MARKER.search(data, after)
-        if marker is None:
-            break
+        if marker is None:  # the end mark that `is_cut` found lies elsewhere; a disk has given zeros for the rest
+            raise ValueError("its end is missing")
         if marker[1][0] not in _AFTER_A_SCAN:
             raise ValueError("something else stands among the pixels")
         restarts = (found[1][0] for found in _RESTART.finditer(data, after, marker.start()))

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from encode import images, prepare, records
 from encode import plan as plan_rules
-from encode import prepare, records
 from encode.finish import finish, is_finished
 from encode.leg import DISK_FULL, Progress, disk_full, say_need, say_problems
 from encode.plan import Stopped
@@ -96,7 +96,8 @@ def begin(
     plan = _plan(config, folder, out, collection, encoders, workers, stop, keep)
     planned = {entry[0] for job in plan["shards"] for entry in job["items"]}
     refused = [asdict(problem) for problem in collection.problems if problem.file not in planned]
-    plan["quarantine"] = refused + plan["unfit"]
+    there = {item.id for item in collection.items}
+    plan["quarantine"] = refused + [row for row in plan["unfit"] if row["file"] in there]
     # A planned picture that lost its caption or its file is still encoded as planned, or refused by name.
     inputs, unflipped = plan["inputs"], set(plan["unflipped"])
     items = {name: Item(name, folder / name, (inputs[name],), flip=name not in unflipped) for name in planned}
@@ -131,7 +132,7 @@ def _run(config: Any, out: Path, encoders: Encoders, workers: Workers, stop, onl
     known = {row[0] for part in parts for row in part["records"]}
     known |= {row["file"] for row in plan["unfit"]}
     broken = {row["file"]: row for part in parts for row in part["quarantine"] if row["file"] not in known}
-    broken = [*broken.values()]  # of a picture that was tried again, the last word
+    broken = [row for row in broken.values() if _still_stands(context, row)]  # of what was tried again, the last word
     say_problems("while encoding", broken)
     refused = [Problem(**row) for row in plan["quarantine"] + broken]
     refused.sort(key=lambda row: (row.file, row.stage, row.reason))
@@ -141,6 +142,11 @@ def _run(config: Any, out: Path, encoders: Encoders, workers: Workers, stop, onl
     encoded = sum(len(part["records"]) for part in parts)
     roots = tuple(context.root(size) for size in config.resolutions)
     return Summary(encoded, len(refused), out / "report.html", roots, progress.rate())
+
+
+def _still_stands(context: Context, row: dict[str, str]) -> bool:
+    """Whether a refusal is of a picture that is there, or had left before it could be read."""
+    return row["reason"].startswith(images.ImageProblem.unread) or context.items[row["file"]].path.exists()
 
 
 def _encode_here(context: Context, jobs: Sequence[Job], progress: Progress) -> None:
@@ -170,9 +176,11 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
         parts = []
         for part in sorted((out / "parts").glob("[!.]*.json")):
             with contextlib.suppress(InputError):  # a damaged one is named when its turn comes
-                parts.append(read_part(part))
-        again = plan_rules.retried(config, plan, parts, collection)
-        new = plan_rules.added(config, folder, out, plan, collection, again)
+                parts.append(read_part(part) | {"written": part.stat().st_mtime_ns})
+        known = plan | {"written": path.stat().st_mtime_ns}
+        again = plan_rules.retried(config, known, parts, collection)
+        refused = plan_rules.refusals(known, parts)
+        new = plan_rules.added(config, folder, out, plan, collection, refused, again)
         if not new:
             return plan
         plan |= plan_rules.grow(config, plan, new, workers, stop)

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def grow(config: Any, plan: Mapping, new: Sequence[Item], workers: Workers, stop
         "unfit": [row for row in plan["unfit"] if row["file"] not in names] + [asdict(row) for row in unfit + more],
         "inputs": plan["inputs"] | inputs["inputs"],
         "bytes": plan["bytes"] | inputs["bytes"],
-        "unflipped": sorted({*plan["unflipped"], *inputs["unflipped"]}),
+        "unflipped": sorted({*plan["unflipped"]} - names | {*inputs["unflipped"]}),
     }
 
 
@@ -103,32 +103,57 @@ def _is_gone(folder: Path) -> bool:
         return True
 
 
+def refusals(plan: Mapping, parts: Sequence[Mapping]) -> dict[str, tuple[str, int]]:
+    """{id: (reason, time in nanoseconds)} of the pictures that were refused and never encoded; the last word on each.
+
+    Args:
+      plan, parts: as stored, each with "written", the time of its file.
+    """
+    encoded = {row[0] for part in parts for row in part["records"]}
+    said = [(row, part["written"]) for part in parts for row in part["quarantine"]]
+    said += [(row, plan["written"]) for row in plan["unfit"]]  # the word on what was tried again
+    return {row["file"]: (row["reason"], when) for row, when in said if row["file"] not in encoded}
+
+
 def retried(config: Any, plan: Mapping, parts: Sequence[Mapping], collection: Collection) -> set[str]:
-    """Ids of pictures that were refused for what is no longer so: they could not be read, or took more than
-    config.decode_seconds or decode_memory, which are larger today."""
+    """Ids of pictures that were refused for what is no longer so: they are other files since, could not be read, or took
+    more than config.decode_seconds or decode_memory, which are larger today."""
     limits: dict[tuple[str, str], float] = {}
-    tried = [row for part in parts for row in part["quarantine"]]
-    rows = [*tried, *plan["unfit"]]  # unfit is the word on what was tried again
-    last = {row["file"]: row["reason"] for row in rows}
-    unread = {name for name, reason in last.items() if reason.startswith(images.ImageProblem.unread)}
-    again = {item.id for item in collection.items if item.id in unread and _reads(item, config.vision.precomputed)}
-    for row in rows:
+    refused, again = refusals(plan, parts), set()
+    for item in collection.items:
+        reason, when = refused.get(item.id, (None, 0))
+        if reason is None:
+            continue
+        if reason.startswith(images.ImageProblem.unread):
+            new = _reads(item, config.vision.precomputed)
+        else:
+            new = _bytes(item.path) != plan["bytes"][item.id] or any(_changed(path) > when for path in item.files)
+        again |= {item.id} if new else set()
+    for row in [row for part in [*parts, {"quarantine": plan["unfit"]}] for row in part["quarantine"]]:
         if found := re.search(r"config\.(decode_seconds|decode_memory)=([\d.]+)", row["reason"]):
             key = row["file"], found[1]
             limits[key] = max(float(found[2]), limits.get(key, 0.0))
-    encoded = {row[0] for part in parts for row in part["records"]}
-    return again.union(name for (name, field), limit in limits.items() if limit < config[field]) - encoded
+    longer = {name for (name, field), limit in limits.items() if limit < config[field]}
+    return again | (longer & refused.keys())
+
+
+def _changed(path: Path) -> int:
+    """When a file was written, or put in its place, in nanoseconds; 0 where it cannot be asked."""
+    try:
+        state = path.stat()
+    except OSError:
+        return 0
+    return max(state.st_mtime_ns, state.st_ctime_ns)
 
 
 def _reads(item: Item, vectors: bool) -> bool:
     if vectors and item.vision is None:
         return False
     try:
-        for path in [item.path, item.vision, item.vision_flip] if vectors else [item.path]:
-            if path is not None:
-                with open(path, "rb") as file:
-                    while file.read(1 << 22):
-                        pass
+        for path in item.files if vectors else [item.path]:
+            with open(path, "rb") as file:
+                while file.read(1 << 22):
+                    pass
     except OSError:
         return False
     return True
@@ -317,10 +342,19 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in differing[:5])
 
 
-def added(config: Any, folder: Path, out: Path, plan: Mapping, collection: Collection, again: set[str]) -> list[Item]:
+def added(
+    config: Any,
+    folder: Path,
+    out: Path,
+    plan: Mapping,
+    collection: Collection,
+    refused: Container[str],
+    again: set[str],
+) -> list[Item]:
     """Pictures that the plan does not know yet, and those that are to be tried again.
 
-    What left the folder, or is another file than the one that was planned, is named; its record stays.
+    What left the folder, or is another file than the one that was planned, is named; its record stays. What was refused has
+    none, and may change as it likes.
 
     Raises:
       InputError: a picture has another caption than the one it is planned with.
@@ -328,13 +362,15 @@ def added(config: Any, folder: Path, out: Path, plan: Mapping, collection: Colle
     stored, unflipped = plan["inputs"], set(plan["unflipped"])
     known = [item for item in collection.items if item.id in stored]
     now = {item.id: (item.caption(config.seed), item.flip) for item in known}
-    changed = [name for name, value in now.items() if value != (stored[name], name not in unflipped)]
+    changed = [
+        name for name, value in now.items() if value != (stored[name], name not in unflipped) and name not in refused
+    ]
     if changed:
         raise InputError(
             f"{folder}: {len(changed)} pictures have another caption, or flip, than {out} was begun with (the first: "
             f"{changed[0]}). Put it back to go on, or encode all of it into a new config.out; nothing was changed."
         )
-    planned = {entry[0] for shard in plan["shards"] for entry in shard["items"]}
+    planned = {entry[0] for shard in plan["shards"] for entry in shard["items"] if entry[0] not in refused}
     others = [item.id for item in known if item.id in planned and plan["bytes"][item.id] != _bytes(item.path)]
     notes = {
         "are no longer in the folder with a caption": sorted(planned - {item.id for item in known}),

@@ -22,6 +22,7 @@ from encode import buckets, captions, images, prepare, records, stats
 from encode import plan as plan_rules
 from encode.leg import Progress, Speed, out_of_memory
 from encode.plan import Stopped, WorkFailed
+from encode.records import InputError
 from encode.source import Item, Problem
 from encode.workers import Workers
 
@@ -149,11 +150,23 @@ def encode_shard(context: Context, job: Job, read: Iterator, progress: Progress)
     ):
         context.encoders.prove()
     part["stats"] = {size: stats.merge(sums[size]).to_json() for size in config.resolutions if sums[size]}
+    if len(missing) < len(config.resolutions) and not _is_as_written(context.part(job), part):
+        missing = list(config.resolutions)  # pictures have changed since a stop between two of them
+        for size in missing:
+            records.index_path(context.root(size), context.bucket(job.shape, size), job.number).unlink(missing_ok=True)
     records.write_json(context.part(job), part)
     for size in missing:
         name = context.bucket(job.shape, size)
         records.write_shard(context.root(size), name, job.number, rows[size], context.spec(job.shape, size))
     speed.write(context.out, len(job.entries))
+
+
+def _is_as_written(path: Path, part: dict[str, Any]) -> bool:
+    """Whether the file of a shard that has been written in part tells of the same pictures."""
+    try:
+        return records.read_json(path, "")["records"] == part["records"]
+    except (OSError, InputError, KeyError):
+        return False
 
 
 def encode_batch(context: Context, job: Job, number: int, batch, rows, sums, part) -> None:

@@ -50,6 +50,11 @@ class Item:
     vision_flip: Path | None = None
     flip: bool = True
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The picture and its vectors."""
+        return tuple(path for path in (self.path, self.vision, self.vision_flip) if path is not None)
+
     def caption(self, seed: int) -> str:
         """The caption that this data set uses: one of several, chosen by (seed, id)."""
         digest = hashlib.sha256(f"{seed}:{self.id}".encode()).digest()

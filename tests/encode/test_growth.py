@@ -384,3 +384,69 @@ def test_every_picture_that_is_never_mirrored_is_listed_with_the_words_in_the_wa
     assert {name for name, flip in flips.items() if not flip} == set(reasons)
     page = (out / "report.html").read_text("utf-8")
     assert '<mark class="doubt">Number 16</mark> of a series' in page
+
+
+def _refused(out):
+    return {row["file"]: row["reason"] for row in map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())}
+
+
+def test_a_refused_picture_that_is_mended_comes_in_and_one_that_is_gone_leaves_the_list(tmp_path, caplog):
+    images, out = fakes.photographs(tmp_path / "in", 9), tmp_path / "out"
+    changes = {"resolutions": (128,), "max_upscale": 4.0}
+    whole = {number: (images / f"{number:03d}.png").read_bytes() for number in (1, 2, 3, 4)}
+    (images / "001.png").write_bytes(whole[1][: len(whole[1]) // 2])
+    (images / "002.png").write_bytes(b"")
+    flipped = bytearray(whole[3])
+    flipped[flipped.index(b"IDAT") + 20] ^= 255  # of the same length
+    (images / "003.png").write_bytes(flipped)
+    for number in (4, 5):
+        Image.new("RGB", (8, 8), "red").save(images / f"{number:03d}.png")
+    before = _run(images, out, **changes)
+    assert before.refused == 5 and set(_refused(out)) == {f"{number:03d}.png" for number in range(1, 6)}
+    plans = (out / "plan.json").read_bytes()
+    assert _run(images, out, **changes).refused == 5 and (out / "plan.json").read_bytes() == plans
+    (images / "002.txt").write_text("another caption")
+    assert _run(images, out, **changes).refused == 5  # of what was never encoded a caption may change
+    for number, content in whole.items():
+        (images / f"{number:03d}.png").write_bytes(content)
+    (images / "005.png").unlink()
+    (images / "005.txt").unlink()
+    caplog.clear()
+    assert _run(images, out, **changes).encoded == 8 and _refused(out) == {}
+    assert "other files" not in caplog.text
+    found = _records(out, 128)
+    assert len(found) == 8 and found["002.png"]["caption"] == b"another caption"
+
+
+def test_a_picture_that_changed_after_it_was_planned_is_tried_again(tmp_path):
+    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
+    asked = iter([False] * 4)
+    with pytest.raises(pipeline.Stopped):
+        _run(images, out, stop=lambda: next(asked, True))
+    last = sorted(images.glob("*.png"))[-1]
+    with Image.open(last) as image:
+        image.resize((2 * image.width, 2 * image.height)).save(last)
+    assert _run(images, out).refused == 1 and "has changed" in _refused(out)[last.name]
+    assert _run(images, out).encoded == 6 and _refused(out) == {}
+
+
+def test_pictures_that_change_between_two_resolutions_of_a_shard_leave_one_data_set(tmp_path, monkeypatch):
+    images, out, write = fakes.photographs(tmp_path / "in", 6), tmp_path / "out", records.write_shard
+
+    def full(root, *rest):
+        if root.name == "256":
+            raise OSError(28, "No space left on device")
+        write(root, *rest)
+
+    monkeypatch.setattr(records, "write_shard", full)
+    with pytest.raises(pipeline.WorkFailed):
+        _run(images, out, shard_size=100)
+    monkeypatch.setattr(records, "write_shard", write)
+    (images / "003.png").unlink()
+    with Image.open(images / "005.png") as image:
+        Image.new("RGB", image.size, "blue").save(images / "005.png")
+    assert _run(images, out, shard_size=100).encoded == 5
+    found = [_records(out, size) for size in RESOLUTIONS]
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 5
+    assert all(found[0][name]["pixel_hash"] == found[1][name]["pixel_hash"] for name in found[0])
+    assert records.load_dataset(out / "128")["count"] == 5

@@ -422,3 +422,17 @@ def test_mirrored_twice_is_the_picture():
     assert np.array_equal(images.mirrored(images.mirrored(pixels)), pixels)
     assert np.array_equal(images.mirrored(pixels)[:, 0], pixels[:, -1])
     assert np.array_equal(images.mirrored(pixels[None])[0], images.mirrored(pixels))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.999])
+def test_a_jpeg_whose_rest_is_zeros_is_refused(tmp_path, share):
+    """As a broken card or an interrupted copy leaves it: the length is right, the lower part would be grey."""
+    path = tmp_path / "a.jpg"
+    Image.fromarray(_noise()).save(path, quality=92, comment=b"\xff\xd9")  # an end mark, as that of a small preview is
+    images.decode(path, LIMIT)
+    content = bytearray(path.read_bytes())
+    keep = int(share * len(content))
+    content[keep:] = bytes(len(content) - keep)
+    path.write_bytes(content)
+    with pytest.raises(images.ImageProblem):
+        images.decode(path, LIMIT)
