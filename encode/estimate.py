@@ -17,7 +17,7 @@ import numpy as np
 
 from encode import buckets, images, pipeline, prepare, records, shard
 from encode import plan as plan_rules
-from encode.leg import amount, span
+from encode.leg import amount, kind_of, span
 from encode.workers import Workers
 
 SAMPLE, PATIENCE = 200, 120.0  # pictures encoded to measure, in so many seconds at most; the first batch warms up
@@ -97,9 +97,7 @@ def _bytes_a_record(context: pipeline.Context, shape: buckets.Shape, resolution:
 
 
 def _refused(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    kinds = Counter(f"{row['stage']}: {row['reason'].split(':')[0].split('(')[0].strip()}" for row in rows).most_common(
-        8
-    )
+    kinds = Counter(f"{row['stage']}: {kind_of(row['reason'])}" for row in rows).most_common(8)
     lines = [f"  {count:>8,}  {kind}" for kind, count in kinds]
     lines += [f"            {_printable(row['file'])}: {_printable(row['reason'])}" for row in rows[:NAMED]]
     return lines + ([f"            and {len(rows) - NAMED:,} more"] if len(rows) > NAMED else [])

@@ -23,8 +23,12 @@ METADATA = "metadata.jsonl"
 VECTORS = (".dino.npy", ".dino_flip.npy")
 BESIDE = frozenset({"txt", "json", "jsonl", "npy"})  # never pictures
 LITTER = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db", "ehthumbs_vista.db", "icon\r", "picasa.ini"})
-LITTER_FOLDERS = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"})
+_LITTER = (
+    "__macosx @eadir #recycle #snapshot @recycle @recently-snapshot $recycle.bin lost+found"  # of systems and of NAS
+)
+LITTER_FOLDERS = frozenset([*_LITTER.split(), "system volume information"])
 OURS = ({"plan.json", "parts"}, {"quarantine.jsonl", "report.html"}, {"config.json", "checkpoints"})
+KNOWN = BESIDE | formats.PICTURES | formats.REFUSED.keys()
 VIDEOS = frozenset({"mp4", "mov", "m4v", "avi", "3gp"})  # a phone's live photograph is a picture and a film of one name
 SAY_EVERY = 10.0  # seconds
 
@@ -51,6 +55,7 @@ class Found:
         self.metadata: list[str] = []
         self.others: Counter[str] = Counter()
         self.problems: list[Problem] = []
+        self.overruled: list[str] = []  # pictures whose NAME.txt says something else than their rows
         self.said = time.monotonic()
 
     def path(self, file: str) -> Path:
@@ -117,6 +122,8 @@ def _list(found: Found, out: Path | None) -> None:
                     (linked if entry.is_symlink() else pending).append(name)
             elif _id(name) is None:
                 found.refuse(_shown_name(name), "name", "the file name is not UTF-8; rename it")
+            elif entry.is_symlink() and suffix_of(name) not in KNOWN and _leads_nowhere(entry.path):
+                found.refuse(_id(name), "name", "a link that leads to nothing: is the disk of its folder mounted?")
             elif _is_file(entry):
                 found.names[_id(name)] = name
             else:
@@ -147,6 +154,16 @@ def _is_file(entry: os.DirEntry) -> bool:
         return True
 
 
+def _leads_nowhere(link: str) -> bool:
+    try:
+        os.stat(link)
+    except FileNotFoundError:
+        return True
+    except OSError:  # links in a circle
+        pass
+    return False
+
+
 def _is_ours(names: set[str]) -> bool:
     """Whether a folder is an output of encode.main, a data set of it, or a working folder of the training."""
     shards = any(name.startswith("index-") and name.endswith(".npy") for name in names)
@@ -171,7 +188,7 @@ def suffix_of(file: str) -> str:
 
 def _sort_out(found: Found) -> None:
     """Each file to its kind."""
-    films = []
+    films, odd = [], []
     for number, file in enumerate(sorted(found.names)):
         found.tell("of %d files sorted out", number, len(found.names))
         suffix = suffix_of(file)
@@ -188,15 +205,29 @@ def _sort_out(found: Found) -> None:
                 films.append(file) if suffix in VIDEOS else found.refused.append(file)
                 found.problems += [] if suffix in VIDEOS else [Problem(file, "format", reason)]
             elif formats.looks_like_picture(head):
-                found.pictures.append(file)
+                odd.append(file)
             else:
-                found.others[suffix if suffix.isalnum() and len(suffix) < 12 else ""] += 1
+                found.others[_kind(file)] += 1
     stems = {os.path.splitext(file)[0] for file in found.pictures}
+    for (
+        file
+    ) in odd:  # a picture by its content; of a picture's name and another suffix it is a backup or a preview of that
+        if suffix_of(file) and os.path.splitext(file)[0] in stems:
+            found.others[_kind(file)] += 1
+        else:
+            found.pictures.append(file)
+    found.pictures.sort()
     for file in films:
         if os.path.splitext(file)[0] in stems:
             found.others[suffix_of(file)] += 1
         else:
             found.refuse(file, "format", formats.REFUSED[suffix_of(file)])
+
+
+def _kind(file: str) -> str:
+    """What a file is counted as: its suffix, if it is one."""
+    suffix = suffix_of(file)
+    return suffix if suffix.replace("_", "").replace("~", "").isalnum() and len(suffix) < 16 else ""
 
 
 def _head(path: Path) -> bytes:

@@ -38,6 +38,7 @@ class Summary:
     """What a run has to say at its end."""
 
     encoded: int
+    copies: int  # of them, of the pixels of another one
     refused: int
     report: Path
     roots: tuple[Path, ...]
@@ -139,9 +140,11 @@ def _run(config: Any, out: Path, encoders: Encoders, workers: Workers, stop, onl
     if todo or not is_finished(context, jobs, refused):
         finish(context, plan, jobs, parts, refused)
         progress.end(len(refused))
-    encoded = sum(len(part["records"]) for part in parts)
+    hashes = [row[1] for part in parts for row in part["records"]]
     roots = tuple(context.root(size) for size in config.resolutions)
-    return Summary(encoded, len(refused), out / "report.html", roots, progress.rate())
+    return Summary(
+        len(hashes), len(hashes) - len(set(hashes)), len(refused), out / "report.html", roots, progress.rate()
+    )
 
 
 def _still_stands(context: Context, row: dict[str, str]) -> bool:

@@ -8,6 +8,7 @@ the others.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import unicodedata
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from encode.sidecars import CAPTION_BYTES, Unusable, captions_of, may_flip, read
 
 __all__ = ["METADATA", "Collection", "Item", "Problem", "walk"]
 
+log = logging.getLogger(__name__)
 NO_CAPTION = "no caption: expected a row in metadata.jsonl, NAME.json or NAME.txt"
 NO_PICTURE = "a caption without its picture: none of this name beside it"
 _NOTES = (
@@ -103,6 +105,9 @@ def walk(images: Path, out: Path | None = None) -> Collection:
     for file in found.refused:
         used.update(found.beside(file))
     _unused(found, used)
+    if found.overruled:
+        words = "%d pictures have another caption in NAME.txt than in their row of %s, which counts (the first: %s)."
+        log.warning(words, len(found.overruled), METADATA, found.overruled[0])
     if not items:
         _explain_nothing(found)
     by_file = sorted(found.problems, key=lambda problem: (problem.file, problem.stage, problem.reason))
@@ -155,8 +160,12 @@ def _spellings(name: str) -> list[str]:
 def _relative(images: Path, source: str, name: str) -> str:
     """A row's file_name as an id; it may not lead out of the image folder."""
     if name.startswith("/"):
-        root = str(images.absolute())
-        relative = os.path.normpath(name)[len(root) + 1 :] if os.path.normpath(name).startswith(root + "/") else None
+        whole = os.path.normpath(name)
+        roots = (
+            os.path.normpath(images.absolute()),
+            os.path.realpath(images),
+        )  # rows may name the folder or what a link means
+        relative = next((whole[len(root) + 1 :] for root in roots if whole.startswith(root + "/")), None)
     else:
         relative = None if "\0" in name else os.path.normpath(os.path.join(os.path.dirname(source), name))
     if relative is None or relative == ".." or relative.startswith("../"):
@@ -178,10 +187,12 @@ def _item(found: Found, file: str, rows: list[Row]) -> Item:
         try:
             record = read_record(found.path(json_file))
         except Unusable as problem:
-            if not said and text_file is None:
+            if (not said and text_file is None) or _names_flip(found.path(json_file)):
                 raise Unusable(f"{json_file}: {problem}") from problem
     if said:
         captions = _from_rows(found, said)
+        if text_file is not None and not _says_the_same(found.path(text_file), captions):
+            found.overruled.append(file)
     elif "caption" in record or "text" in record:
         captions = _named(json_file, captions_of, record.get("caption", record.get("text")))
     elif text_file is not None:
@@ -197,6 +208,21 @@ def _item(found: Found, file: str, rows: list[Row]) -> Item:
         vectors[0] = json_file
     vision, vision_flip = (None if name is None else found.path(name) for name in vectors)
     return Item(file, found.path(file), captions, vision, vision_flip, all(flips))
+
+
+def _names_flip(path: Path) -> bool:
+    """Whether a file that is no JSON has the word in it: to overlook that "flip": false would mirror the picture."""
+    try:
+        return b"flip" in path.read_bytes().replace(b"\0", b"")
+    except OSError:
+        return False
+
+
+def _says_the_same(path: Path, captions: tuple[str, ...]) -> bool:
+    try:
+        return set(captions_of(read_text(path, CAPTION_BYTES))) <= set(captions)
+    except Unusable:
+        return True
 
 
 def _named(origin: str | None, function: Any, value: Any, line: int = 0) -> Any:
@@ -241,6 +267,12 @@ def _unused(found: Found, used: set[str]) -> None:
 def _explain_nothing(found: Found) -> None:
     missing = [problem for problem in found.problems if problem.reason == NO_CAPTION]
     if found.pictures and len(missing) == len(found.pictures):
+        for problem in found.problems:
+            if problem.file.rpartition(":")[0] in found.metadata:
+                raise InputError(
+                    f"{found.images}: {len(missing)} pictures, and no row of a {METADATA} is of one of them; the first, "
+                    f"{problem.file}, {problem.reason}. file_name is the path from the folder of its {METADATA}."
+                )
         raise InputError(
             f"{found.images}: {len(missing)} pictures but no captions at all; put them into metadata.jsonl (file_name, text), "
             "NAME.json or NAME.txt beside each picture."

@@ -370,6 +370,58 @@ def test_rows_may_name_a_picture_by_its_whole_path_or_from_a_folder_beside(tmp_p
     assert _found(tmp_path) == {"a.png": ("a",), "b.png": ("b",)}
 
 
+def test_rows_with_whole_paths_hold_through_a_link_and_a_roundabout_way(tmp_path):
+    root = tmp_path / "photographs"
+    _picture(root / "a.png")
+    os.symlink(root, tmp_path / "link")
+    for images, named in (
+        ("photographs/../link", "link"),
+        ("link", "photographs"),
+        ("link/../photographs", "photographs"),
+    ):
+        row = {"file_name": str(tmp_path / named / "a.png"), "text": "a"}
+        (root / "metadata.jsonl").write_text(json.dumps(row))
+        assert _found(tmp_path / images) == {"a.png": ("a",)}, (images, named)
+
+
+def test_rows_of_which_none_fits_are_named_where_no_picture_has_a_caption(tmp_path):
+    _picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "images/a.png", "text": "a"}))
+    with pytest.raises(InputError, match=r"no row of a metadata.jsonl .* metadata.jsonl:1, names images/a.png"):
+        walk(tmp_path)
+
+
+def test_a_caption_that_a_row_overrules_is_told(tmp_path, caplog):
+    _picture(tmp_path / "a.png", "new words")
+    _picture(tmp_path / "b.png", "b")
+    rows = [{"file_name": "a.png", "text": "old words"}, {"file_name": "b.png", "text": "b"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert _found(tmp_path) == {"a.png": ("old words",), "b.png": ("b",)}
+    assert "1 pictures have another caption in NAME.txt" in caplog.text and "a.png" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ['{"flip": false,}', '{"flip": false, "by": "René"}'])
+def test_a_broken_file_that_speaks_of_mirroring_is_not_overlooked(tmp_path, broken):
+    _picture(tmp_path / "sign.png", "a sign")
+    (tmp_path / "sign.json").write_bytes(broken.encode("latin-1"))
+    _picture(tmp_path / "other.png", "another")
+    (tmp_path / "other.json").write_text("[1, 2]")
+    assert _found(tmp_path) == {"other.png": ("another",)}
+    assert "sign.json: " in _reasons(tmp_path)["sign.png"]
+
+
+def test_backups_and_previews_of_a_picture_are_no_samples_of_their_own(tmp_path):
+    _picture(tmp_path / "edit.jpg", "after")
+    for name in ("edit.jpg_original", "edit.jpg~", "edit.THM", "lone.backup", "edit"):
+        _picture(tmp_path / name)
+    (tmp_path / "lone.txt").write_text("alone")
+    for name in ("@Recycle", "#snapshot", "lost+found"):
+        _picture(tmp_path / name / "edit.jpg", "before")
+    collection = walk(tmp_path)
+    assert [item.id for item in collection.items] == ["edit", "edit.jpg", "lone.backup"]
+    assert collection.others == {"jpg_original": 1, "jpg~": 1, "thm": 1}
+
+
 def test_several_rows_for_one_picture_are_several_captions_and_a_bad_one_costs_itself(tmp_path):
     _picture(tmp_path / "a.png")
     _picture(tmp_path / "b.png")
@@ -485,13 +537,14 @@ def test_links_to_nothing_and_in_circles_are_named_or_skipped(tmp_path):
     os.symlink("circle", tmp_path / "circle")
     os.symlink("circle.png", tmp_path / "circle.png")
     os.symlink(".", tmp_path / "up")
-    os.symlink("gone", tmp_path / "folder")
+    os.symlink("gone", tmp_path / "2019")
     (tmp_path / "c").mkdir()
     os.symlink("../c", tmp_path / "c" / "self")
     assert _found(tmp_path) == {"a.png": ("a",)}
     reasons = _reasons(tmp_path)
     assert "b.txt: cannot be read (No such file" in reasons["b.png"]
     assert "no caption" in reasons["circle.png"]
+    assert "leads to nothing" in reasons["2019"] and "circle" not in reasons
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
