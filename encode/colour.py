@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import functools
 import io
+import struct
 
 import numpy as np
 from PIL import Image, ImageCms, TiffImagePlugin
+
+from encode import headers
 
 STRIP = 256  # rows
 WIDE = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -19,8 +22,37 @@ _SPACE = {"L": "GRAY", "I;16": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "LAB": "Lab
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339
 
 
+HDR = (16, 18)  # transfers, PQ and HLG: light up to 10,000 candela, which no profile here turns into sRGB
+PROFILES = {  # of H.273's primaries, adapted to D50, and the exponent where the curve is not sRGB's
+    12: (((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)), None),  # Display P3
+    headers.ADOBE_RGB: (
+        ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)),
+        563 / 256,
+    ),
+}
+
+
 class NoRange(ValueError):
     """The pixels are numbers of which nobody has said what black and white are."""
+
+
+@functools.cache
+def profile(primaries: int) -> bytes:
+    """An ICC profile: sRGB's with other primaries, and another exponent, in their places."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    colours, exponent = PROFILES[primaries]
+    for tag, values in zip((b"rXYZ", b"gXYZ", b"bXYZ"), colours):
+        struct.pack_into(">3i", data, _place(data, tag) + 8, *(round(value * 65536) for value in values))
+    if exponent is not None:
+        for tag in (b"rTRC", b"gTRC", b"bTRC"):  # parametric, of type 3: (a x + b) ^ g from d on
+            numbers = exponent, 1, 0, 0, 0
+            struct.pack_into(">5i", data, _place(data, tag) + 12, *(round(value * 65536) for value in numbers))
+    return bytes(data)
+
+
+def _place(data: bytearray, tag: bytes) -> int:
+    at = data.index(tag, 128)
+    return int.from_bytes(data[at + 4 : at + 8], "big")
 
 
 def to_srgb(image: Image.Image, alpha: Image.Image | None = None) -> Image.Image:

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from PIL import Image
+
 MEGABYTE = 1 << 20
+UNKNOWN, ADOBE_RGB = (2, 2), 256  # of `colour_code`; H.273 ends at 255
 
 
 def webp_size(head: bytes) -> tuple[int, int] | None:
@@ -171,6 +174,44 @@ def png_metadata(path: Path) -> tuple[bytes, bytes]:
                 elif keyword.lower() == b"raw profile type xmp":
                     xmp = xmp or _raw_profile(text)
     return exif, xmp
+
+
+def colour_code(image: Image.Image, path: Path) -> tuple[int, int]:
+    """(primaries, transfer) by the numbers of ITU-T H.273, where a file tells its colours so; 2 is unknown.
+
+    By the nclx of HEIC and AVIF, which an ICC profile overrules, and the cICP of PNG, which overrules that. A camera's JPEG
+    in Adobe RGB says it by EXIF alone (DCF 2.0, "R03"): ADOBE_RGB, which is no number of theirs.
+    """
+    if image.format == "PNG":
+        with open(path, "rb") as file:
+            for kind, length in png_chunks(file):
+                if kind == b"cICP" and length == 4:
+                    primaries, transfer = file.read(2)
+                    return primaries, transfer
+                if kind == b"IDAT":
+                    break
+    if image.info.get("icc_profile"):
+        return UNKNOWN
+    if image.format == "HEIF":
+        told = image.info.get("nclx_profile") or {}
+        return told.get("color_primaries", 2), told.get("transfer_characteristics", 2)
+    if image.format == "AVIF":
+        with open(path, "rb") as file:
+            head = file.read(MEGABYTE)
+        at = head.find(b"colrnclx") + 8
+        return struct.unpack(">HH", head[at : at + 4]) if 8 <= at <= len(head) - 4 else UNKNOWN
+    if image.format in ("JPEG", "MPO") and _interoperability(image) == "R03":
+        return ADOBE_RGB, 2
+    return UNKNOWN
+
+
+def _interoperability(image: Image.Image) -> str | None:
+    try:
+        return image.getexif().get_ifd(0xA005).get(1)
+    except MemoryError:
+        raise
+    except Exception:  # broken EXIF counts as none
+        return None
 
 
 def png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:

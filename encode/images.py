@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pillow_jxl
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageOps
 
-from encode import colour, damage, formats, headers
+from encode import colour, damage, formats, headers, quirks
 
 SMALLEST = 16  # pixels: less than one patch of the model
 ORIENTATION = 0x0112
@@ -135,7 +135,7 @@ class _Refusing:
 
     def _reason(self, error: BaseException) -> str:
         text = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")[:200]
-        if isinstance(error, colour.NoRange):
+        if isinstance(error, (colour.NoRange, quirks.Unusable)):
             return text
         if isinstance(error, OSError) and error.errno is not None:
             return f"{ImageProblem.unread if error.errno in damage.OF_THE_DISK else 'damaged: '}{error.strerror}"
@@ -199,8 +199,11 @@ def _open(path: Path, kind: str, max_pixels: int) -> Image.Image:
         if kind in _ICONS:
             image.load()
             _check(*image.size, max_pixels)
-        if kind == "HEIF" and _is_hdr(image):
+        primaries, transfer = headers.colour_code(image, path)
+        if transfer in colour.HDR:
             raise ImageProblem(formats.HDR_REASON)
+        if primaries in colour.PROFILES and not image.info.get("icc_profile"):
+            image.info["icc_profile"] = colour.profile(primaries)
     except BaseException:
         image.close()
         raise
@@ -233,12 +236,6 @@ def _jxl_size(path: Path, max_pixels: int) -> tuple[tuple[int, int], headers.Jxl
     if header.animated:
         raise ImageProblem("an animated JPEG XL, of which only the last frame could be read: save one frame first")
     return upright, header
-
-
-def _is_hdr(image: Image.Image) -> bool:
-    """Whether a HEIC's numbers mean light up to 10,000 candela (PQ, HLG), which no profile here turns into sRGB."""
-    curve = (image.info.get("nclx_profile") or {}).get("transfer_characteristics")
-    return curve in (16, 18) and "icc_profile" not in image.info
 
 
 _REDUCED = 1 | 4  # bits of TIFF's NewSubfileType: a preview, or a mask, of another page
@@ -335,7 +332,7 @@ def _upright(image: Image.Image, path: Path, side: int | None = None) -> Image.I
         image.draft(None, (side, side))
     stored = image.size
     frame = image.tile[0].extents if image.format == "GIF" and image.tile else None
-    alpha = _exact_key(image, path)
+    alpha = quirks.exact_key(image, path)
     image.load()
     orientation = _orientation(image, path)
     if image.size != stored and image.format != "TIFF":
@@ -343,7 +340,7 @@ def _upright(image: Image.Image, path: Path, side: int | None = None) -> Image.I
     silent = damage.passed_over(image, path) if side is None else None
     if silent:
         raise ImageProblem(f"damaged: {silent}")
-    pixels = _mended(image, path)
+    pixels = quirks.mended(image, path)
     if side and alpha is None and pixels.mode in _PLAIN and "transparency" not in pixels.info:
         pixels = _reduced(pixels, side)
     upright = colour.to_srgb(pixels, alpha)
@@ -361,40 +358,3 @@ def _upright(image: Image.Image, path: Path, side: int | None = None) -> Image.I
 def _reduced(image: Image.Image, side: int) -> Image.Image:
     factor = max(image.size) // (2 * side)
     return image.reduce(factor) if factor > 1 else image
-
-
-def _mended(image: Image.Image, path: Path) -> Image.Image:
-    """What decoders leave undone: the polarity of CMYK, alpha that means nothing, colours multiplied by alpha."""
-    if image.format in ("JPEG", "MPO") and image.mode == "CMYK" and "adobe" not in image.info:
-        mended = ImageChops.invert(image)  # Pillow takes every CMYK for Adobe's, which is stored inverted
-    elif image.format == "TGA" and image.mode in ("RGBA", "LA") and not _tga_has_alpha(path):
-        mended = image.convert(image.mode[:-1])
-    elif image.format == "JXL" and image.mode == "RGBA" and headers.jxl_header(path).premultiplied:
-        mended = Image.frombytes("RGBa", image.size, image.tobytes())
-    else:
-        return image
-    mended.info = dict(image.info)
-    return mended
-
-
-def _tga_has_alpha(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(18)[17] & 15 > 0
-
-
-def _exact_key(image: Image.Image, path: Path) -> Image.Image | None:
-    """Alpha of a PNG with 16 bits a colour and a transparent one, which Pillow can no longer tell from its neighbours."""
-    key = image.info.get("transparency")
-    rawmode = image.tile[0].args if image.format == "PNG" and image.tile else None
-    if rawmode in ("L;2", "L;4") and isinstance(key, int):
-        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[rawmode]  # Pillow stretches the pixels, not the key
-    if rawmode != "RGB;16B" or not isinstance(key, tuple):
-        return None
-    alpha = np.zeros(image.size[::-1], np.uint8)
-    for rawmode, shift in (("RGB;16B", 8), ("RGB;16L", 0)):  # the high bytes, then the low ones
-        with Image.open(path, formats=("PNG",)) as again:
-            again.tile = [tile._replace(args=rawmode) for tile in again.tile]
-            half = np.asarray(again)
-            for channel in range(3):
-                alpha[half[..., channel] != (key[channel] >> shift & 255)] = 255
-    return Image.fromarray(alpha)

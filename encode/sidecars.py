@@ -7,7 +7,9 @@ UTF-16 with its mark) is refused, because a caption with a wrong character in it
 from __future__ import annotations
 
 import codecs
+import html
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +20,7 @@ JSON_BYTES = 1 << 24  # a vector of numbers may be in it
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 _UNSEEN = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060"  # marks that str.strip keeps
+_ENTITY = re.compile(r"&(?:#\d+|#x[0-9a-f]+|[a-z]\w*);", re.IGNORECASE)  # as pages on the web write " & <
 _BLANK = frozenset("\u034f\u115f\u1160\u2800\u3164\uffa0")  # letters and signs that show nothing
 
 
@@ -55,7 +58,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
-    """One caption or a list of them -> stripped, each once, none empty.
+    """One caption or a list of them -> stripped, each once, none empty, HTML's entities as the signs that they mean.
 
     Raises:
       Unusable: no caption is left, or one cannot be used.
@@ -63,6 +66,7 @@ def captions_of(value: Any) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in values):
         raise Unusable("the caption is not text")
+    values = [_ENTITY.sub(lambda found: html.unescape(found[0]), text) for text in values]
     for text in values:
         if not text.isascii() and not _encodable(text):
             raise Unusable("the caption holds half a character (a lone surrogate)")

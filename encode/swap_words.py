@@ -24,6 +24,7 @@ PLACES = _set(
     "top bottom upper lower far mid middle center centre front back rear near nearest immediate extreme outer inner hind very "
     "direct furthest farthest further"
 )
+PICTURES = _set("stage screen camera frame image picture photo photograph")
 VIEWS = _set("stage screen camera frame house")  # "stage left", "camera right"
 AFTER_PLACE = _set("top bottom upper lower center centre middle foreground background")
 BEFORE = _set("on to at from toward towards in into off along near")

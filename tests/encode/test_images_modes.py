@@ -477,19 +477,88 @@ def test_large_pictures_are_worked_on_in_strips_that_meet(tmp_path):
 PREMULTIPLIED = base64.b64decode("/woFCBgAJQgQEACAAEsoNCa+RkJBAJQZJ8Y4kxcQAUDRcwcBaa5UsJ5LJ8M0")
 
 
-def test_a_heic_in_hdr_is_refused(tmp_path):
+def _told(kind, primaries, curve):
+    """A picture whose colours are told by numbers, as phones and screens write them."""
+    if kind == "PNG":
+        return _png(2, 8, fuzz.picture(), [(b"cICP", bytes([primaries, curve, 0, 1]))])
     buffer = io.BytesIO()
-    Image.fromarray(fuzz.picture()).save(buffer, "HEIF")
+    Image.fromarray(fuzz.picture()).save(buffer, kind, quality=100)
     data = buffer.getvalue()
     at = data.index(b"colrnclx") + 8
+    return data[:at] + struct.pack(">HH", primaries, curve) + data[at + 4 :]
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF", "PNG"])
+def test_hdr_is_refused(tmp_path, kind):
     for curve, refused in ((13, False), (1, False), (16, True), (18, True)):
-        (tmp_path / "a.heic").write_bytes(data[: at + 2] + struct.pack(">H", curve) + data[at + 4 :])
+        (tmp_path / "a").write_bytes(_told(kind, 1, curve))
         if refused:
             for read in (images.size, images.decode):
                 with pytest.raises(images.ImageProblem, match="HDR"):
-                    read(tmp_path / "a.heic", LIMIT)
+                    read(tmp_path / "a", LIMIT)
         else:
-            assert _decode(tmp_path / "a.heic").size
+            assert _decode(tmp_path / "a").size
+
+
+def _linear(values):
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def _encoded(values):
+    values = np.clip(values, 0, 1)
+    return 255 * np.where(values <= 0.0031308, 12.92 * values, 1.055 * values ** (1 / 2.4) - 0.055)
+
+
+P3_TO_SRGB = [[1.22494, -0.22494, 0], [-0.04206, 1.04206, 0], [-0.01964, -0.07864, 1.09827]]  # both of white D65
+ADOBE_TO_SRGB = [[1.39836, -0.39836, 0], [0, 1, 0], [0, -0.04294, 1.04294]]
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF", "PNG"])
+def test_display_p3_that_is_told_by_a_number_becomes_srgb(tmp_path, kind):
+    (tmp_path / "plain").write_bytes(_told(kind, 1, 13))
+    (tmp_path / "wide").write_bytes(_told(kind, 12, 13))
+    plain = _decode(tmp_path / "plain") / 255
+    wanted = _encoded(_linear(plain) @ np.transpose(P3_TO_SRGB))
+    assert np.abs(wanted - 255 * plain).max() > 10
+    _near(_decode(tmp_path / "wide"), wanted, 2.5)
+
+
+def test_a_camera_s_mark_of_adobe_rgb_counts(tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA001] = 65535
+    exif.get_ifd(0x8769)[0xA005] = {1: "R03", 2: b"0100"}
+    picture = Image.fromarray(fuzz.picture())
+    picture.save(tmp_path / "plain.jpg", quality=100, subsampling=0)
+    picture.save(tmp_path / "adobe.jpg", quality=100, subsampling=0, exif=exif)
+    plain = _decode(tmp_path / "plain.jpg") / 255
+    wanted = _encoded(plain ** (563 / 256) @ np.transpose(ADOBE_TO_SRGB))
+    assert np.abs(wanted - 255 * plain).max() > 10
+    _near(_decode(tmp_path / "adobe.jpg"), wanted, 2.5)
+    exif.get_ifd(0x8769)[0xA005] = {1: "R98"}
+    picture.save(tmp_path / "adobe.jpg", quality=100, subsampling=0, exif=exif)
+    _near(_decode(tmp_path / "adobe.jpg"), 255 * plain, 0)
+
+
+def test_a_selection_saved_with_a_photoshop_file_is_no_transparency(tmp_path):
+    planes = np.concatenate([fuzz.picture(), np.zeros((24, 40, 1), np.uint8)], -1).transpose(2, 0, 1)
+    _near(_decode(tmp_path / "a.psd", fuzz.psd(planes, 3)), fuzz.picture())
+    layers = struct.pack(">IIh", 8, 4, -1) + bytes(2)
+    data = fuzz.psd(planes, 3)
+    at = 26 + 4 + 4  # behind the header, no colours, no resources
+    assert (_decode(tmp_path / "a.psd", data[:at] + layers + data[at + 4 :]) == 255).all()
+
+
+def test_a_photoshop_file_without_its_composite_is_refused(tmp_path):
+    data = fuzz.psd(fuzz.picture().transpose(2, 0, 1), 3)
+    for merged in (1, 0):
+        resource = b"8BIM" + struct.pack(">HHI", 1057, 0, 6) + struct.pack(">IBB", 1, merged, 0)
+        path = tmp_path / "a.psd"
+        path.write_bytes(data[:30] + struct.pack(">I", len(resource)) + resource + data[34:])
+        if merged:
+            _near(_decode(path), fuzz.picture())
+        else:
+            with pytest.raises(images.ImageProblem, match="a Photoshop file without its composite"):
+                images.decode(path, LIMIT)
 
 
 @pytest.mark.parametrize(

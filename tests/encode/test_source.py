@@ -84,6 +84,15 @@ def test_captions_are_read_in_any_unicode_and_stripped(tmp_path, mark, encoding,
     assert _found(tmp_path) == {"a.png": ("café 猫 🐈",)}
 
 
+def test_entities_of_web_pages_are_the_signs_that_they_mean(tmp_path):
+    for name, text in (
+        ("a", "&quot;OPEN&quot; above a door"),
+        ("b", "R&amp;B, AT&T; 5 &lt; 7 &copy 2020 &#39;so&#x27;"),
+    ):
+        _picture(tmp_path / f"{name}.png", text)
+    assert _found(tmp_path) == {"a.png": ('"OPEN" above a door',), "b.png": ("R&B, AT&T; 5 < 7 &copy 2020 'so'",)}
+
+
 BAD_TEXTS = {
     "windows": (b"the dog\x92s ball", "not UTF-8 (byte 7)"),
     "latin": ("Café".encode("latin-1"), "not UTF-8"),
