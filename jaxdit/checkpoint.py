@@ -13,16 +13,16 @@ import logging
 import math
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from encode.records import InputError
-from jaxdit import processes
+from encode.records import InputError, write_json
+from jaxdit import fits, processes, seal
 from jaxdit.quiet import first_line, leave_out_tracebacks
 
 SNAPSHOTS, LONG_INTERVAL = 10, 50_000  # EMA snapshots kept: the newest ten, and one in so many steps for good
@@ -31,6 +31,7 @@ HALF_DAYS, HALF_DAY = (
     43_200,
 )  # of the newest, the first save of each stays resumable: trouble is often seen a day late
 ITEMS = ("state", "ema", "data")
+LANDED = "saved.json"  # of a working folder: the last step that was saved there
 FAILURES = 3  # saves in a row that may fail before the run ends: a month of electricity is not spent on what is lost
 
 
@@ -55,6 +56,7 @@ class Checkpoints:
         self.failures = 0  # saves in a row that did not land
         processes.lead(self._sweep)  # of a process that was killed; the folder is locked, so not in use
         self._writer, self._landing = _writer(), None
+        self._sealing, self._sealed = threading.Thread(), -1
 
     def steps(self, item: str = "state") -> list[int]:
         """The steps at which `item` was saved completely, ascending."""
@@ -110,15 +112,28 @@ class Checkpoints:
         if jax.process_count() == 1:
             with self._telling_failures():
                 self._writer.check_for_errors()
+                self._seal()
 
     def wait(self) -> None:
         """Wait for the save in hand, then remove what is no longer kept; raises SaveFailed at the third failure in a row."""
         with self._telling_failures():
             processes.jointly(self._writer.wait_until_finished)
-            if self._landing is not None and processes.lead(lambda: self._complete(self._landing)):
+            if self._landing is not None and processes.lead(self._seal):
                 logging.info("Step %d is saved.", self._landing)
                 self.failures, self._landing = 0, None
             processes.lead(self._prune)
+
+    def _seal(self) -> bool:
+        """Whether the save in hand has landed; a thread then seals it, once."""
+        step = self._landing
+        if step is None or not self._complete(step):
+            return False
+        if step != self._sealed:
+            self._sealing = threading.Thread(target=_put_seal, args=(self.folder / str(step),), daemon=True)
+            self._sealing.start()
+            self._sealed = step
+            write_json(self.folder.parent / LANDED, {"step": step})
+        return True
 
     def landed(self, step: int) -> None:
         """Make sure that `step` has been saved, at the end of a run.
@@ -150,6 +165,8 @@ class Checkpoints:
 
     def close(self) -> None:
         self._writer.close()
+        if self._sealing.is_alive():
+            self._sealing.join()
 
     def restore(self, state: Any, ema: Any) -> tuple[int, Any, Any, dict[str, Any]] | None:
         """The newest complete step that can be read.
@@ -171,9 +188,14 @@ class Checkpoints:
                 "gone on from; bring the missing folders back, or start a new --workdir from the averaged weights with "
                 "--config.train.init_from."
             )
+        if not parts and (landed := self.folder.parent / LANDED).exists():
+            raise InputError(
+                f"{self.folder} holds no step, but {landed} says that one was saved there: is its disk mounted? To begin anew, "
+                "name a new --workdir. Nothing was changed."
+            )
         damaged: list[int] = []
         for step in reversed(steps):
-            check_shapes(self.folder / str(step) / "state", state)
+            fits.check(self.folder / str(step) / "state", state)
             try:
                 found = processes.jointly(functools.partial(read_step, self.folder / str(step), state, ema))
             except Exception as error:  # whatever the damage is, the step before may be whole
@@ -209,8 +231,9 @@ class Checkpoints:
 
     def _prune(self) -> None:
         resumable = self._resumable()  # one that lost a part must not push a whole one out
-        snapshots = [step for step in self.steps("ema") if step % self.every == 0]
-        first = {(self.folder / str(step)).stat().st_mtime // HALF_DAY: step for step in reversed(resumable)}
+        # What has lost its state was a snapshot, perhaps by another checkpoint.every.
+        snapshots = [step for step in self.steps("ema") if step % self.every == 0 or step not in resumable]
+        first = {seal.saved_at(self.folder / str(step)) // HALF_DAY: step for step in reversed(resumable)}
         whole = {*resumable[-self.keep :], *[step for _, step in sorted(first.items())[-HALF_DAYS:]]}
         wanted = whole.union(snapshots[-SNAPSHOTS:], (step for step in snapshots if step % LONG_INTERVAL == 0))
         for step in self.steps("ema"):
@@ -219,6 +242,13 @@ class Checkpoints:
             elif step not in whole:
                 for item in ("state", "data"):
                     _remove(self.folder / str(step) / item)
+
+
+def _put_seal(step: Path) -> None:
+    try:
+        seal.put(step)
+    except OSError as error:  # the step itself is whole
+        logging.warning("%s has no %s, by which damage would be seen (%s).", step, seal.NAME, error)
 
 
 def _writer() -> ocp.AsyncCheckpointer:
@@ -231,6 +261,8 @@ def _writer() -> ocp.AsyncCheckpointer:
 def read_step(folder: Path, state: Any, ema: Any) -> tuple[Any, Any, dict[str, Any]]:
     """(state, ema, data) of one complete step's folder, as trees like those given; raises whatever the reading meets."""
     leave_out_tracebacks()
+    if processes.first():
+        seal.verify(folder, ITEMS)
     restored = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(
         folder,
         args=ocp.args.Composite(
@@ -240,6 +272,20 @@ def read_step(folder: Path, state: Any, ema: Any) -> tuple[Any, Any, dict[str, A
         ),
     )
     return restored["state"], restored["ema"], restored["data"]
+
+
+def go_back(workdir: Path, step: int, state: Any, ema: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """`read_step` of another run's folder; InputError where it cannot be read."""
+    try:
+        return processes.jointly(functools.partial(read_step, workdir / "checkpoints" / str(step), state, ema))
+    except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        others = _listed([other for other in saved_steps(workdir, "state") if other != step])
+        raise InputError(
+            f"train.restore: step {step} of {workdir} cannot be read ({first_line(error)}); its other whole steps: {others}. "
+            "Name one of them, and a new --workdir."
+        ) from error
 
 
 def saved_steps(workdir: str | Path, item: str = "ema") -> list[int]:
@@ -296,6 +342,7 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
     for wanted in [step] if step is not None else reversed(steps):
         path = folder / str(wanted) / item
         try:
+            seal.verify(path.parent, (item,))
             return wanted, _weights(path, shapes, raw)
         except InputError:
             raise
@@ -317,7 +364,7 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
 def _weights(folder: Path, shapes: Any, raw: bool) -> Any:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = _abstract({"params": shapes} if raw else shapes, device)
-    check_shapes(folder, target, whole=not raw)
+    fits.check(folder, target, whole=not raw)
     args = ocp.checkpoint_utils.construct_restore_args(target)
     args = ocp.args.PyTreeRestore(item=target, restore_args=args, partial_restore=True)
     weights = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(folder, args=args)
@@ -333,45 +380,6 @@ def _incomplete(folder: Path, after: int) -> list[int]:
 
 def _listed(steps: list[int]) -> str:
     return ", ".join(map(str, steps)) or "none"
-
-
-def check_shapes(folder: Path, target: Any, *, whole: bool = True) -> None:
-    """Refuse a checkpoint whose arrays differ from `target`'s: Orbax restores another depth without a word.
-
-    Args:
-      folder: of one item of one step.
-      target: tree of arrays or shapes.
-      whole: the folder is to hold nothing else; False: only the first names of target's paths are looked at.
-
-    Raises:
-      InputError: names the first differing array and both shapes.
-    """
-    try:
-        saved = ocp.PyTreeCheckpointHandler().metadata(folder).tree
-    except Exception as error:
-        logging.warning("%s: its description cannot be read (%s).", folder, first_line(error))
-        return
-    saved = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
-    wanted = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
-    parts = {name[0] for name in wanted}
-    for name in sorted(saved.keys() - wanted.keys()):
-        if whole or name[0] in parts:
-            raise InputError(
-                f"{folder}: the array {'.'.join(name)} is one too many; this checkpoint is of another model."
-            )
-    for name, leaf in wanted.items():
-        if name not in saved:
-            raise InputError(f"{folder}: the array {'.'.join(name)} is missing; this checkpoint is of another model.")
-        if tuple(saved[name].shape) != tuple(leaf.shape) or np.dtype(saved[name].dtype) != np.dtype(leaf.dtype):
-            raise InputError(
-                f"{folder}: {'.'.join(name)} has shape {list(saved[name].shape)} ({saved[name].dtype}), the configuration "
-                f"asks for {list(leaf.shape)} ({np.dtype(leaf.dtype)}); use the configuration that the run began with."
-            )
-
-
-def _names(path) -> tuple[str, ...]:
-    """A tree path as plain names, alike for dicts, tuples and named tuples."""
-    return tuple(str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part)))) for part in path)
 
 
 def _abstract(tree: Any, device: Any = None) -> Any:

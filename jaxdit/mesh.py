@@ -11,6 +11,8 @@ from __future__ import annotations
 import fnmatch
 import functools
 import logging
+import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -102,11 +104,28 @@ def on_one(mesh: Mesh, params: Any) -> Any:
 
 
 def describe(mesh: Mesh) -> str:
-    """Such as "16 devices (data 2 x fsdp 8) in 2 processes": what the rounding of sums depends on."""
-    if mesh.size == 1:
-        return "1 device"
-    words = f"{mesh.size} devices ({' x '.join(f'{name} {size}' for name, size in mesh.shape.items())})"
+    """Such as "16 x NVIDIA H100 (data 2 x fsdp 8) in 2 processes": what the rounding of sums depends on."""
+    words = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    if mesh.size > 1:
+        words += f" ({' x '.join(f'{name} {size}' for name, size in mesh.shape.items())})"
     return words + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
+
+
+def refuse_lost_card(before: str) -> None:
+    """Where a checkpoint was saved on cards and JAX now finds only the CPU: a month would become years.
+
+    Args:
+      before: of `describe`, when it was saved.
+
+    Raises:
+      InputError: unless JAX_PLATFORMS asks for the CPU.
+    """
+    asked = os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu"
+    if jax.default_backend() == "cpu" and not asked and re.match(r"\d+ x (?!cpu)", before):
+        raise InputError(
+            f"the run was saved on {before}, and JAX finds only this machine's CPU: is the driver loaded (nvidia-smi), and JAX "
+            "for CUDA installed? JAX_PLATFORMS=cpu before the command goes on here all the same. Nothing was changed."
+        )
 
 
 def undivided(mesh: Mesh, shapes: Any) -> list[str]:

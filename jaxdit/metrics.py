@@ -258,7 +258,7 @@ class Clock:
     """
 
     def __init__(self, window: int = 50, *, start_seconds: float = 0.0, peak: float | None = None):
-        self._peak, self._began = peak, time.monotonic() - start_seconds
+        self._peak, self._before, self._began = peak, start_seconds, time.monotonic() - start_seconds
         self._wait, self._images, self._flops, self._said = 0.0, 0, 0.0, time.monotonic()
         self._ticks = deque([(time.monotonic(), 0.0, 0, 0.0)], maxlen=window + 1)
 
@@ -289,8 +289,10 @@ class Clock:
         self._ticks = deque(((at + seconds, *rest) for at, *rest in self._ticks), maxlen=self._ticks.maxlen)
 
     def look(self) -> dict[str, float | None]:
-        """images_per_second, data_wait_fraction and mfu over the window, None before there is a step to judge by; seconds."""
+        """images_per_second, data_wait_fraction and mfu over the window, None before there is a step to judge by; seconds,
+        and how many of them the legs before this one took."""
         row: dict[str, float | None] = dict.fromkeys(("images_per_second", "data_wait_fraction", "mfu"))
+        row["seconds_before"] = self._before
         if len(self._ticks) >= 6:
             (start, wait, images, flops), (end, all_wait, all_images, all_flops) = self._ticks[0], self._ticks[-1]
             passed = max(end - start, 1e-9)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from encode.records import InputError
+from encode.records import InputError, read_json
 from jaxdit import checkpoint
 
 ENCODERS = ("vae", "text", "vision")
@@ -156,7 +156,7 @@ def _difference(theirs: Any, ours: Any) -> str:
 def read(workdir: Path) -> dict[str, Any]:
     """WORKDIR/origin.json; {} where there is none."""
     path = Path(workdir) / "origin.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path, "bring it back from a copy, or name a new --workdir") if path.exists() else {}
 
 
 def parse(field: str, value: str, item: str) -> tuple[Path, int]:

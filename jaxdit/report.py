@@ -97,7 +97,9 @@ def build(workdir: Path, samples: str | Path | None, encoded: str | Path | None,
         ("Configuration", lambda: section("Configuration", configuration(run), wide=False)),
     ]
     body = "".join(_safely(name, make) for name, make in parts)
-    title = f"{run.step / run.total:.0%} of {workdir.resolve().name}" if run.total else workdir.resolve().name
+    title = (
+        f"{min(100 * run.step // run.total, 100)}% of {workdir.resolve().name}" if run.total else workdir.resolve().name
+    )
     return page(title, body, _safely("The head", lambda: head(run)))
 
 

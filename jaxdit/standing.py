@@ -96,10 +96,12 @@ class Standing:
     @cached_property
     def rate(self) -> float | None:
         """Images a second over the last rows, evaluations and saves counted; without "seconds", as the rows say."""
-        steps, seconds = self.columns["step"][-RECENT:], self.columns["seconds"][-RECENT:]
-        known = np.flatnonzero(np.isfinite(seconds))
-        if len(known) > 1 and seconds[known[-1]] > seconds[known[0]]:
-            return (steps[known[-1]] - steps[known[0]]) * self.batch / (seconds[known[-1]] - seconds[known[0]]) or None
+        rows = np.stack([self.columns[name][-RECENT:] for name in ("step", "seconds", "seconds_before")])
+        rows = rows[:, np.isfinite(rows[1])]
+        # Between two legs lies what was done and given up again, which was paid for and is no part of the pace.
+        steps, seconds, _ = np.diff(rows)[:, np.diff(np.nan_to_num(rows[2])) == 0]
+        if seconds.sum() > 0:
+            return float(steps.sum() * self.batch / seconds.sum()) or None
         return self.columns.last("images_per_second") or None
 
     @cached_property

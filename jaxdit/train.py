@@ -135,9 +135,9 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
         dataset, seed=seed, micro_batch=config.train.micro_batch, flip=config.flow.flip, places=places
     )  # fmt: skip
     saver = checkpoint.Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
-    step, state, position = begin(config, workdir, fresh, optimizer, saver, shapes, devices)
-    if position is not None:
-        batches.set_state(position)
+    step, state, kept = begin(config, workdir, fresh, optimizer, saver, shapes, devices)
+    if kept:
+        batches.set_state(kept["position"])
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))  # with one saved already, the next takes its place
     processes.lead(lambda: saver.give_way(needed))
     processes.lead(lambda: folder.check_space(workdir, 1 if saver.steps() else 2, needed))
@@ -146,7 +146,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     log = metrics.Metrics(workdir, step, wandb=config.metrics.wandb, config=known) if processes.first() else None
     rows = list(deque(metrics.rows(workdir), JUDGED))
     clock = metrics.Clock(
-        start_seconds=log.seconds if log else 0.0,
+        start_seconds=max(log.seconds if log else 0.0, kept.get("metrics", {}).get("seconds", 0.0)),
         peak=estimate.peak_flops(jax.devices()[0].device_kind, settings["dtype"], jax.device_count()),
     )
     teller = Teller(config, log, clock, rows, saver, sum(map(len, dataset.train.values())))
@@ -173,9 +173,9 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
         if log:
             log.sync()
         with jax.transfer_guard("allow"):  # the copy to the host is what saving is
-            kept = {"position": position, "metrics": {"step": step, "seconds": clock.seconds}, "config": known}
-            kept["devices"] = mesh.describe(devices)
-            saver.save(step, *_split_ema(state), kept)
+            beside = {"position": position, "metrics": {"step": step, "seconds": clock.seconds}, "config": known}
+            beside["devices"] = mesh.describe(devices)
+            saver.save(step, *_split_ema(state), beside)
         if log:
             report.update(workdir)
         wishes.forget()
@@ -298,7 +298,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
 
 
 def begin(config, workdir, fresh, optimizer, saver, shapes, devices):
-    """(step, state, position of the data or None): from the newest checkpoint, from where the run comes from, or new."""
+    """(step, state, what was kept beside it): from the newest checkpoint, from where the run comes from, or new ({})."""
     wanted = mesh.placed(devices, jax.eval_shape(fresh))  # shapes alone: two states at once would not fit
     lying = mesh.shardings(devices, wanted)
     restored = saver.restore(*_split_ema(wanted))
@@ -306,7 +306,11 @@ def begin(config, workdir, fresh, optimizer, saver, shapes, devices):
         step, rest, ema, kept = restored
         now = json.loads(config.to_json_best_effort())
         folder.refuse_fixed(saver.folder / str(step), folder.changed_fields(folder.as_of_now(kept["config"]), now))
-        if kept.get("devices", mesh.describe(devices)) != mesh.describe(devices):
+        mesh.refuse_lost_card(kept.get("devices", ""))
+        if kept.get("devices", "1 device") not in (
+            "1 device",
+            mesh.describe(devices),
+        ):  # the former until November 2026
             logging.warning(
                 "Saved on %s, going on with %s: the samples and their order stay, but sums are rounded otherwise, so the run is "
                 "not bit for bit what it would have been.", kept["devices"], mesh.describe(devices),
@@ -315,21 +319,21 @@ def begin(config, workdir, fresh, optimizer, saver, shapes, devices):
             logging.info("Going on at step %d of %d in %s.", step, config.train.total_steps, workdir)
         else:
             logging.info("All %d steps are done already; a larger train.total_steps goes on from there.", step)
-        return step, rest | {"ema": ema}, kept["position"]
+        return step, rest | {"ema": ema}, kept
     source = origin.read(workdir)
     if "restore" in source:
         other, step = Path(source["restore"]["workdir"]), source["restore"]["step"]
-        rest, ema, kept = checkpoint.read_step(other / "checkpoints" / str(step), *_split_ema(wanted))
-        if processes.first():
+        rest, ema, kept = checkpoint.go_back(other, step, *_split_ema(wanted))
+        if processes.first() and (other / "metrics.jsonl").exists():
             shutil.copyfile(other / "metrics.jsonl", workdir / "metrics.jsonl")
-        return step, rest | {"ema": ema}, kept["position"]
+        return step, rest | {"ema": ema}, kept
     if "init_from" in source:
         named = source["init_from"]
         _, params = checkpoint.restore_weights(
             named["workdir"], wanted["params"], step=named["step"], raw=named["weights"] == "raw"
         )
-        return 0, jax.jit(partial(update.state_of, optimizer), out_shardings=lying, donate_argnums=0)(params), None
-    return 0, jax.jit(fresh, out_shardings=lying)(), None
+        return 0, jax.jit(partial(update.state_of, optimizer), out_shardings=lying, donate_argnums=0)(params), {}
+    return 0, jax.jit(fresh, out_shardings=lying)(), {}
 
 
 class Budget:

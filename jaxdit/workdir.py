@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from encode.records import InputError, write_json
+from encode.records import InputError, read_json, write_json
 
 FIXED = (
     *("model.layers", "model.width", "model.heads", "model.patch", "model.dtype", "flow", "optim.name"),
@@ -21,6 +21,9 @@ FIXED = (
 )
 
 STARTS = ("gate", "init_from", "init_weights", "restore")  # of train: where a run comes from
+RESTORE = (
+    "bring it back from a copy (OUT/RES/dataset.json, where the data have not grown since), or name a new --workdir"
+)
 WRITTEN = ("dataset.json", "origin.json", "config_history.jsonl")
 STATISTICS = ("latent_mean", "latent_std", "latent_count")
 
@@ -155,7 +158,7 @@ def claim(
                 f"model.patch={config.model.patch} does not divide the latent {info['latent']} of the bucket {name}."
             )
     now = json.loads(config.to_json_best_effort())
-    now["data"]["path"] = os.path.abspath(config.data.path)
+    now["data"]["path"] = os.path.abspath(os.path.expanduser(config.data.path))
     path = workdir / "config.json"
     if is_new(workdir):
         # What a kill between the files of a new folder leaves.
@@ -173,7 +176,7 @@ def claim(
             differences = changed_fields(before, now)
             refuse_fixed(other, differences)
             _record(workdir, differences)
-            copy = json.loads((other / "dataset.json").read_text(encoding="utf-8"))
+            copy = read_json(other / "dataset.json", RESTORE)
             dataset = _same_data(other, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
         write_json(workdir / "dataset.json", dataset)
         write_json(workdir / "origin.json", start or {})
@@ -186,7 +189,7 @@ def claim(
     now["train"]["gate"] = before["train"]["gate"]  # looked at when the folder was begun, and never again
     differences = changed_fields(before, now)
     refuse_fixed(workdir, differences)
-    copy = json.loads((workdir / "dataset.json").read_text(encoding="utf-8"))
+    copy = read_json(workdir / "dataset.json", RESTORE)
     dataset = _same_data(workdir, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
     if differences:
         _record(workdir, differences)

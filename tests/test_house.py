@@ -17,7 +17,7 @@ FLOORS = [
     {"trained", "update", "heldout", "origin", "startup"},
     {"model", "flow", "sampler", "optim", "data", "checkpoint", "mesh", "workdir", "report", "card", "estimate"},
     {"standing"},
-    {"metrics", "health", "charts", "gallery", "judge"},
+    {"metrics", "health", "charts", "gallery", "judge", "fits"},
     {
         "boards",
         "past",
@@ -34,6 +34,7 @@ FLOORS = [
         "layers",
         "processes",
         "state_dict",
+        "seal",
     },
 ]
 SHARED = {"encode.records", "encode.commandline", "encode.writing"}  # what both halves import

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from encode import records
 from encode.records import InputError
 from jaxdit import checkpoint
 
@@ -251,3 +252,75 @@ def test_a_save_that_fails_at_once_is_told_and_the_third_in_a_row_is_an_error(tm
 def test_nothing_saved_is_said(tmp_path):
     with pytest.raises(InputError, match="no checkpoint has been saved yet"):
         checkpoint.restore_weights(tmp_path, state_of(0.0)[1])
+
+
+def _flip_a_bit(folder, seed=0):
+    file = max((file for file in folder.rglob("d/*") if file.is_file()), key=lambda file: file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_flipped_bit_is_seen_and_the_step_before_is_taken(tmp_path, caplog):
+    save_all(tmp_path, [10, 20]).close()
+    folder = tmp_path / "checkpoints" / "20"
+    _flip_a_bit(folder / "ema")
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.restore_weights(tmp_path, state_of(0.0)[1])[0] == 10
+    assert "20/ema cannot be read (ema/" in caplog.text and "is not what was saved" in caplog.text
+    saver = checkpoint.Checkpoints(tmp_path, every=10, keep=2)
+    assert saver.restore(*state_of(0.0))[0] == 10
+    assert "Step 20 cannot be read (ema/" in caplog.text
+    saver.close()
+
+
+def test_a_step_without_a_seal_and_one_that_lost_its_state_are_read(tmp_path):
+    save_all(tmp_path, [10, 20]).close()
+    shutil.rmtree(tmp_path / "checkpoints" / "20" / "state")
+    assert checkpoint.restore_weights(tmp_path, state_of(0.0)[1])[0] == 20
+    (tmp_path / "checkpoints" / "20" / "seal.json").unlink()
+    _flip_a_bit(tmp_path / "checkpoints" / "10" / "state")  # not what is read
+    assert checkpoint.restore_weights(tmp_path, state_of(0.0)[1])[0] == 20
+    assert checkpoint.restore_weights(tmp_path, state_of(0.0)[1], step=10)[0] == 10
+
+
+def test_checkpoints_that_are_away_do_not_begin_the_run_anew(tmp_path):
+    save_all(tmp_path, [10, 20]).close()
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    (tmp_path / "checkpoints").mkdir()
+    saver = checkpoint.Checkpoints(tmp_path, every=10, keep=2)
+    with pytest.raises(
+        InputError, match=r"holds no step, but .*saved\.json says that one was saved there: is its disk mounted"
+    ):
+        saver.restore(*state_of(0.0))
+    saver.close()
+    (tmp_path / "saved.json").unlink()  # of a run that was killed before its first save
+    assert saver.restore(*state_of(0.0)) is None
+
+
+def test_another_distance_keeps_the_averages_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "HALF_DAY", 10**12)
+    save_all(tmp_path, range(10, 60, 10), every=10, keep=2).close()
+    saver = save_all(tmp_path, [63, 70], every=7, keep=2)
+    saver.close()
+    assert checkpoint.saved_steps(tmp_path, "ema") == [10, 20, 30, 63, 70]
+
+
+def test_a_copy_keeps_the_saves_of_each_half_day(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "HALF_DAYS", 4)  # the newest counts for one of today before its time is set
+
+    def save(workdir, *days):
+        saver = checkpoint.Checkpoints(workdir, every=10**6, keep=1)
+        for step, day in days:
+            saver.save(step, *state_of(float(step)), {})
+            saver.wait()
+            saver._sealing.join()
+            path = saver.folder / str(step) / "seal.json"
+            records.write_json(path, records.read_json(path, "") | {"saved": 86_400.0 * day})
+        saver.wait()
+        saver.close()
+        return checkpoint.saved_steps(workdir)
+
+    assert save(tmp_path / "run", (1, 1.0), (2, 1.1), (3, 1.5), (4, 1.6), (5, 2.1), (6, 2.2)) == [1, 3, 5, 6]
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", copy_function=shutil.copyfile)
+    assert save(tmp_path / "copy", (7, 2.3)) == [1, 3, 5, 7]

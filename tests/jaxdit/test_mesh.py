@@ -230,18 +230,17 @@ def test_a_run_on_a_mesh_goes_on_on_another_and_says_so(path, tmp_path, caplog):
         return done.stderr
 
     said = go_on(8, 4, 9)
-    assert "8 devices (data 2 x fsdp 4)" in said and "vision_in/kernel" in said and "Saved on" not in said
+    assert "8 x cpu (data 2 x fsdp 4)" in said and "vision_in/kernel" in said and "Saved on" not in said
     losses, alone = ([row[1] for row in curve(tmp_path / name, "loss")] for name in ("run", "one"))
     np.testing.assert_allclose(losses, alone, rtol=1e-4)
 
     caplog.set_level("INFO")
     train.train(tiny(path, **whole | {"train.total_steps": 11}), tmp_path / "run")
     assert (
-        "Saved on 8 devices (data 2 x fsdp 4), going on with 1 device" in caplog.text
-        and "not bit for bit" in caplog.text
+        "Saved on 8 x cpu (data 2 x fsdp 4), going on with 1 x cpu" in caplog.text and "not bit for bit" in caplog.text
     )
     said = go_on(16, 2, 13)
-    assert "Saved on 1 device, going on with 16 devices (data 8 x fsdp 2)" in said
+    assert "Saved on 1 x cpu, going on with 16 x cpu (data 8 x fsdp 2)" in said
     assert [row["step"] for row in metrics.read(tmp_path / "run")] == list(range(1, 14))
     # The whole position is how many samples each bucket has given: every one of them, whatever the devices.
     folder = tmp_path / "run" / "checkpoints" / "13" / "data"
@@ -279,3 +278,23 @@ def measured():
 
 if __name__ == "__main__":
     measured() if "measure" in sys.argv else main()
+
+
+@pytest.mark.parametrize(
+    ("before", "platforms", "refused"),
+    [
+        ("1 x NVIDIA GeForce RTX 4090", "", True),
+        ("8 x NVIDIA H100 (data 2 x fsdp 4) in 2 processes", "cuda,cpu", True),
+        ("1 x NVIDIA GeForce RTX 4090", "cpu", False),
+        ("2 x cpu (data 1 x fsdp 2)", "", False),
+        ("16 devices (data 8 x fsdp 2)", "", False),  # until November 2026 the kind was not kept
+        ("1 device", "", False),
+        ("", "", False),
+    ],
+)
+def test_a_run_that_lost_its_card_does_not_go_on_unasked(monkeypatch, before, platforms, refused):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    if not refused:
+        return mesh.refuse_lost_card(before)
+    with pytest.raises(InputError, match=r"was saved on .*, and JAX finds only this machine's CPU"):
+        mesh.refuse_lost_card(before)

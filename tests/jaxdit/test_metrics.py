@@ -196,7 +196,13 @@ def test_the_clock_knows_rate_waiting_mfu_and_all_seconds(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     clock = metrics.Clock(window=10, start_seconds=1000.0, peak=400.0)
-    assert clock.look() == {"images_per_second": None, "data_wait_fraction": None, "mfu": None, "seconds": 1000.0}
+    assert clock.look() == {
+        "images_per_second": None,
+        "data_wait_fraction": None,
+        "mfu": None,
+        "seconds": 1000.0,
+        "seconds_before": 1000.0,
+    }
     for step in range(30):
         slow = step < 15  # the window forgets it
         now[0] += 8.0 if slow else 2.0

@@ -105,7 +105,7 @@ def test_two_processes_are_one_run_through_a_kill_and_a_stop(path, one, tmp_path
     (code, words), (_, quiet) = ends(started)
     assert code not in (0, 2, 3) and time.monotonic() - killed < 60
     assert "another process has ended" in words or "another task died" in words, words
-    assert "2 devices (data 1 x fsdp 2) in 2 processes" in words
+    assert "2 x cpu (data 1 x fsdp 2) in 2 processes" in words
     assert "step 1/40" in words and "step 1/40" not in quiet  # one log
 
     started = begin(path, workdir, 2, **{"mesh.fsdp": 2})

@@ -10,7 +10,7 @@ import pytest
 from tiny_run import assert_same, curve, run, tiny, weights
 
 from encode.records import InputError
-from jaxdit import checkpoint, metrics, train
+from jaxdit import checkpoint, metrics, standing, train
 
 
 @pytest.mark.parametrize("kind", ["ema", "raw"])
@@ -48,6 +48,7 @@ def test_a_stage_killed_before_its_first_checkpoint_begins_with_the_same_weights
     assert train.train(tiny(path, **stage), tmp_path / "whole") == "done"
     assert train.train(tiny(path, **stage), tmp_path / "cut") == "done"
     shutil.rmtree(tmp_path / "cut" / "checkpoints")  # what a kill before the first save leaves
+    (tmp_path / "cut" / "saved.json").unlink()
     assert train.train(tiny(path, **stage), tmp_path / "cut") == "done"
     assert curve(tmp_path / "cut", "loss") == curve(tmp_path / "whole", "loss")
     assert curve(tmp_path / "cut", "loss") != curve(undisturbed, "loss")
@@ -61,6 +62,52 @@ def test_going_back_in_a_new_folder_is_the_same_run_from_that_step(path, undistu
     for raw in (False, True):
         assert_same(weights(tmp_path / "run", raw)[1], weights(undisturbed, raw)[1])
     assert checkpoint.saved_steps(tmp_path / "run") == [20]
+
+
+def test_checkpoints_that_are_away_stop_the_run_and_cost_no_row(path, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    rows = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="is its disk mounted"):
+        train.train(tiny(path, **{"train.total_steps": 24}), tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == rows
+    (tmp_path / "run" / "origin.json").write_text("{")
+    with pytest.raises(InputError, match=r"origin\.json is damaged .* or name a new --workdir"):
+        train.train(tiny(path, **{"train.total_steps": 24}), tmp_path / "run")
+
+
+def test_going_back_to_a_damaged_step_names_the_others(path, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "old")
+    file = next(file for file in (tmp_path / "old/checkpoints/18/state").rglob("d/*"))
+    file.write_bytes(file.read_bytes()[:10])
+    with pytest.raises(
+        InputError, match=r"step 18 of .*old cannot be read \(state/.*\); its other whole steps: .*20\. "
+    ):
+        train.train(tiny(path, **{"train.restore": f"{tmp_path / 'old'}@18"}), tmp_path / "run")
+    (tmp_path / "old" / "metrics.jsonl").unlink()
+    back = tiny(path, **{"train.restore": f"{tmp_path / 'old'}@6", "train.total_steps": 8, "optim.warmup_steps": 0})
+    assert train.train(back, tmp_path / "anew") == "done"
+    assert [row["step"] for row in metrics.read(tmp_path / "anew")] == [7, 8]
+
+
+def test_what_was_paid_for_is_known_without_its_rows_and_the_pace_is_of_what_stayed(path, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    before = json.loads((undisturbed / "checkpoints/20/data/metadata").read_text())["metrics"]["seconds"]
+    assert train.train(tiny(path, **{"train.total_steps": 24}), tmp_path / "run") == "done"
+    rows = metrics.read(tmp_path / "run")
+    assert rows[0]["seconds"] > before and {row["seconds_before"] for row in rows} == {before}
+    for number in range(len(rows)):
+        rows[number] |= {"seconds": before + number}  # a second an update of 4
+    earlier = [{"step": step, "seconds": step - 20.0, "seconds_before": 0.0} for step in range(10, 21)]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*earlier, *rows]))
+    assert standing.look(tmp_path / "run").rate == pytest.approx(4.0)
+
+
+def test_a_home_folder_is_written_out_in_what_is_kept(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(path.parent))
+    train.train(tiny(f"~/{path.name}", **{"train.total_steps": 1, "optim.warmup_steps": 0}), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["path"] == str(path)
 
 
 def test_going_back_may_change_the_learning_rate_but_not_the_model(path, undisturbed, tmp_path):
