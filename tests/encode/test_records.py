@@ -170,3 +170,34 @@ def test_a_damaged_index_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(records.DatasetError, match=r"index-48x32-00000\.npy"):
         records.read_index(tmp_path, "48x32", 0)
+
+
+def test_bytes_are_on_the_disk_before_they_get_their_name_and_the_name_after(tmp_path, monkeypatch):
+    told, sync, replace = [], os.fsync, os.replace
+    name_of = lambda number: Path(os.readlink(f"/proc/self/fd/{number}")).name  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda number: (told.append(name_of(number)), sync(number)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (told.append(f"-> {Path(new).name}"), replace(old, new)))
+    records.write_json(tmp_path / "x.json", {"a": 1})
+    assert told == [".x.json.tmp", "-> x.json", tmp_path.name]
+
+
+def test_a_disk_that_changes_bytes_publishes_nothing(tmp_path, monkeypatch):
+    real = records.ArrayRecordWriter
+
+    class Garbling:
+        def __init__(self, path, options):
+            self.writer, self.close = (writer := real(path, options)), writer.close
+
+        def write(self, example):
+            self.writer.write(example[:-1] + bytes([example[-1] ^ 1]))
+
+    monkeypatch.setattr(records, "ArrayRecordWriter", Garbling)
+    with pytest.raises(OSError, match="does not read back as written"):
+        records.write_shard(tmp_path, "48x32", 0, [_record()], SPEC)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_caption_that_names_no_side_may_be_flipped():
+    no_text = np.zeros((0, 3), _record()["text"].dtype)
+    (row,) = records.index_rows([_record(caption="a dog", caption_flip="a dog", text_flip=no_text)])
+    assert row["flags"] == records.CAN_FLIP and row["text_flip_length"] == 3

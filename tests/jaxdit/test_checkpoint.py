@@ -324,3 +324,24 @@ def test_a_copy_keeps_the_saves_of_each_half_day(tmp_path, monkeypatch):
     assert save(tmp_path / "run", (1, 1.0), (2, 1.1), (3, 1.5), (4, 1.6), (5, 2.1), (6, 2.2)) == [1, 3, 5, 6]
     shutil.copytree(tmp_path / "run", tmp_path / "copy", copy_function=shutil.copyfile)
     assert save(tmp_path / "copy", (7, 2.3)) == [1, 3, 5, 7]
+
+
+def test_a_save_that_lands_ends_the_row_of_failures(tmp_path):
+    saver = save_all(tmp_path, [10])
+    saver.failures = checkpoint.FAILURES - 1
+    saver.save(20, *state_of(20.0), {})
+    saver.wait()
+    saver.close()
+    assert saver.failures == 0
+
+
+def test_one_average_in_so_many_steps_is_kept_for_good(tmp_path, monkeypatch):
+    for name, value in (("LONG_INTERVAL", 30), ("SNAPSHOTS", 2), ("HALF_DAY", 10**12)):
+        monkeypatch.setattr(checkpoint, name, value)
+    saver = checkpoint.Checkpoints(tmp_path, every=10, keep=1)
+    for step in range(10, 101, 10):
+        for item in checkpoint.ITEMS:
+            (saver.folder / str(step) / item).mkdir(parents=True)
+        saver.wait()
+    saver.close()
+    assert checkpoint.saved_steps(tmp_path, "ema") == [10, 30, 60, 90, 100]

@@ -400,3 +400,45 @@ def test_an_order_of_few_and_of_many_has_each_number_once_and_is_its_seed_s(monk
     assert len({tuple(numbers(seed)) for seed in range(20)}) == 20
     firsts = [numbers(seed, 4)[0] for seed in range(200)]
     assert all(20 < firsts.count(number) < 90 for number in range(4))
+
+
+def test_padded_and_whole_pictures_of_one_bucket_have_each_its_mask(tmp_path):
+    mask = np.ones((8, 8), np.uint8)
+    mask[:, :3] = 0
+    written = make_data.dataset(tmp_path / "64", {"64x64": 4})["64x64"]
+    written[1]["mask"] = mask
+    info = records.load_dataset(tmp_path / "64")
+    spec = records.features(info["buckets"]["64x64"]["latent"], info["widths"]["text"], info["widths"]["vision"])
+    for shard in range(info["buckets"]["64x64"]["shards"]):
+        rows = records.read_index(tmp_path / "64", "64x64", shard)["pixel_hash"]
+        kept = [record for record in written if record["pixel_hash"].encode() in set(rows.tolist())]
+        records.write_shard(tmp_path / "64", "64x64", shard, kept, spec)
+    batch = data.Dataset(tmp_path / "64").read("64x64", np.array([0, 1]), np.zeros(2, bool))
+    np.testing.assert_array_equal(batch["mask"], [np.ones((8, 8)), mask])
+
+
+def orders(seed, count=60):
+    plan = iter(order.Plan({"a": np.arange(10), "b": np.arange(10)}, seed=seed, micro_batch=10, flip=0.5))
+    return [next(plan) for _ in range(count)]
+
+
+def test_each_epoch_seed_and_micro_batch_is_shuffled_and_flipped_anew():
+    one, other = orders(1), orders(2)
+    epochs = [tuple(taken["rows"]) for taken in one if taken["bucket"] == "a"]
+    assert len(set(epochs)) == len(epochs)
+    assert {tuple(taken["flips"]) for taken in one} > {tuple(one[0]["flips"])}
+    assert [taken["bucket"] for taken in one] != [taken["bucket"] for taken in other]
+    firsts = [next(tuple(t["rows"]) for t in found if t["bucket"] == "a") for found in (one, other)]
+    assert firsts[0] != firsts[1]
+
+
+def test_damage_of_the_first_record_of_a_shard_names_that_shard(tmp_path):
+    make_data.dataset(tmp_path / "64", {"64x64": 8})
+    assert data.Dataset(tmp_path / "64")._shards("64x64", [0, 3, 4, 7]) == [0, 1]
+    assert data.Dataset(tmp_path / "64")._shards("64x64", [4]) == [1]
+
+
+def test_a_text_length_that_just_holds_the_longest_caption_will_do(tmp_path):
+    make_data.dataset(tmp_path / "64", {"64x64": 8})
+    longest = records.load_dataset(tmp_path / "64")["text_longest"]
+    assert data.Dataset(tmp_path / "64", text_lengths=(longest,)).text_lengths == (longest,)

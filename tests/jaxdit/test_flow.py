@@ -104,3 +104,36 @@ def test_losses_are_summed_in_tenths_of_t():
     sums, counts = flow.sum_by_timestep(jnp.arange(1.0, 7.0), t)
     np.testing.assert_array_equal(counts, [2, 1, 0, 0, 0, 1, 0, 0, 0, 2])
     np.testing.assert_array_equal(sums, [3, 3, 0, 0, 0, 4, 0, 0, 0, 11])
+
+
+def test_the_loss_of_a_padded_picture_is_that_of_its_picture_alone():
+    rng = np.random.default_rng(2)
+    mask = np.ones((8, 4, 6), np.uint8)
+    mask[:, :, 4:] = 0
+    batch = {"latent": jnp.asarray(rng.standard_normal((8, 4, 6, 2)), jnp.float32), "mask": jnp.asarray(mask)}
+
+    def wrong_in_the_padding(x_t, t, conditions, *_):
+        right = (x_t - conditions["latent"]) / t[:, None, None, None]
+        return jnp.where(conditions["mask"][..., None] == 1, right, 1e3)
+
+    options = {"mean": 0.0, "std": 1.0, "shift": 1.0, "drop_both": 0.0, "drop_text": 0.0, "drop_vision": 0.0}
+    found = flow.losses(wrong_in_the_padding, batch, keys(8), **options)
+    np.testing.assert_allclose(found["loss"], 0, atol=1e-6)
+    np.testing.assert_allclose(found["velocity"], found["target"], rtol=1e-4)
+
+
+def test_the_loss_takes_each_option_for_what_it_is_and_noise_of_its_own_draw():
+    batch = {"latent": jnp.zeros((2000, 2, 2, 1))}
+    seen = {}
+
+    def model(x_t, t, _, drop_text, drop_vision):
+        seen.update(noise=x_t / t[:, None, None, None], text=drop_text, vision=drop_vision)
+        return x_t
+
+    options = {"mean": 0.5, "std": 0.3, "shift": 1.0, "drop_both": 0.0, "drop_text": 0.3, "drop_vision": 0.1}
+    t = np.asarray(flow.losses(model, batch, keys(2000), **options)["t"])
+    logit = np.log(t / (1 - t))
+    np.testing.assert_allclose([logit.mean(), logit.std()], [0.5, 0.3], atol=0.03)
+    np.testing.assert_allclose([seen["text"].mean(), seen["vision"].mean()], [0.3, 0.1], atol=0.04)
+    related = np.corrcoef([logit, *np.asarray(seen["noise"]).reshape(2000, 4).T])
+    assert abs(related[0, 1:]).max() < 0.1

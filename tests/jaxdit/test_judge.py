@@ -286,3 +286,39 @@ def test_copies_count_as_their_originals_and_equal_captions_as_one():
     )
     numbers, _, _ = judge.measure(made, asked, dict.fromkeys(("own", "text_only", "vision", "text"), picture))
     assert numbers["memory_latent"] == numbers["memory_ssim"] == 1.0
+
+
+def measured(made, **changed):
+    whole = judge.Drawn([e.pixels for e in made], np.stack([e.latent for e in made]), vectors([e.pixels for e in made]))
+    names = ("own", "text_only", "vision", "text")
+    return judge.measure(made, judge.questions(made), {name: changed.get(name, whole) for name in names})[0]
+
+
+def test_equal_captions_are_one_for_the_caption_alone_and_two_for_memory():
+    made = examples(12)
+    made[1].record["caption"] = made[0].record["caption"]
+    shown = [made[0], made[0], *made[2:]]  # image 0 is drawn for image 1
+    first = judge.Drawn(
+        [e.pixels for e in shown], np.stack([e.latent for e in shown]), vectors([e.pixels for e in shown])
+    )
+    numbers = measured(made, own=first, text_only=first)
+    assert numbers["text_only_latent"] == numbers["text_only_ssim"] == 1.0
+    assert numbers["memory_latent"] == numbers["memory_ssim"] == pytest.approx(11 / 12)
+
+
+def test_what_is_no_number_is_not_remembered_and_a_copy_is_no_next():
+    made = examples(12)
+    latents = np.stack([e.latent for e in made])
+    latents[0, 0, 0, 0] = np.nan
+    broken = judge.Drawn([e.pixels for e in made], latents, vectors([e.pixels for e in made]))
+    assert measured(made, own=broken)["memory_latent"] == pytest.approx(11 / 12)
+    made[1] = judge.Example(
+        made[1].record | {"pixel_hash": b"0000"}, "64x64", made[0].pixels, made[0].flipped, made[0].latent
+    )
+    assert measured(made)["psnr_next"] < 30
+
+
+def test_an_effect_whose_interval_holds_zero_has_failed():
+    effect = {"mean": 0.5, "low": -0.01, "high": 0.9, "control": 0.0}
+    found = judge.checks({"effects": {"light_by_vector": effect}}, [], judge.GENERATED, encoder=True)
+    assert not found["light_by_vector"]["passed"]

@@ -328,3 +328,13 @@ def test_weights_and_biases_asked_for_and_missing_says_how_to_get_it(tmp_path, m
     with pytest.raises(InputError, match="pip install wandb"):
         metrics.Metrics(tmp_path, 0, wandb="photos")
     assert not os.listdir(tmp_path)
+
+
+def test_rows_are_put_on_the_disk_when_asked(tmp_path, monkeypatch):
+    told = []
+    log = metrics.Metrics(tmp_path, 0)
+    log.write({"step": 1, "loss": 1.0})
+    monkeypatch.setattr(os, "fsync", lambda number: told.append(Path(os.readlink(f"/proc/self/fd/{number}")).name))
+    log.sync()
+    assert "metrics.jsonl" in told
+    log.close()

@@ -408,3 +408,62 @@ def test_the_cpu_keeps_what_remat_would_compute_again_where_no_loop_parts_the_pa
 
         sizes[remat] = jax.jit(jax.grad(loss)).lower(shapes).compile().memory_analysis().temp_size_in_bytes
     assert sizes["none"] == pytest.approx(sizes["off"], rel=0.2)
+
+
+def test_a_new_block_changes_nothing_and_its_gates_are_closed():
+    params = jax.jit(partial(model.initial_parameters, SETTINGS, 0))()
+    blocks = params["blocks"]
+    for layer in (
+        blocks["modulation"],
+        blocks["cross_attention"]["out"],
+        params["final_modulation"],
+        params["patch_out"],
+    ):
+        assert not layer["kernel"].any() and not layer["bias"].any()
+    for layer in (blocks["mlp_in"], params["text_in"]):  # Xavier: uniform within sqrt(6 / (in + out))
+        limit = np.sqrt(6 / sum(layer["kernel"].shape[-2:]))
+        assert 0.9 * limit < np.abs(layer["kernel"]).max() <= limit
+
+
+@pytest.mark.parametrize("name", ["modulate", "rms_norm"])
+def test_norms_of_bfloat16_are_taken_in_float32_where_a_gradient_is_asked_for(name):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(8 + 0.3 * rng.standard_normal((2, 5, 3, 64)), jnp.bfloat16)
+    if name == "modulate":
+        x, rest = x[:, :, 0], (jnp.zeros((2, 64)), jnp.zeros((2, 64)))
+        norm = lambda x: layers.modulate(x, *rest, jnp.float32)  # noqa: E731
+    else:
+        norm = lambda x: layers.rms_norm(x, jnp.ones(64))  # noqa: E731
+    found, _ = jax.vjp(norm, x)
+    wanted = norm(x.astype(jnp.float32))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_numbers_of_a_row_are_what_their_names_say():
+    optimizer = optim.make_optimizer(lambda _: 1e-2, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.03, clip_norm=1.0)
+    state = update.state_of(optimizer, jax.jit(partial(model.initial_parameters, SETTINGS, 0))())
+    total = update.new_total(state["params"])
+    rng = np.random.default_rng(0)
+    total["gradients"] = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), total["gradients"]
+    )
+    total |= {"velocity": jnp.float32(36.0), "target": jnp.float32(64.0)}
+    total |= {"loss_by_t": jnp.arange(10.0), "count_by_t": jnp.full(10, 2.0)}
+    before, grads = jax.device_get((state["params"], total["gradients"]))
+    for one, other in zip(*map(jax.tree.leaves, (state["ema"], before)), strict=True):
+        np.testing.assert_array_equal(one, other)  # the average begins with the weights themselves
+    new, row = jax.device_get(jax.jit(partial(update.apply_update, optimizer, lambda _: 1e-2, 0.9999, 4))(state, total))
+
+    def norm(tree, *names):
+        parts = [tree[name] for name in names] if names else [tree]
+        return np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(parts)))
+
+    moved = jax.tree.map(np.subtract, new["params"], before)
+    assert row["velocity_rms"] == pytest.approx(3) and row["target_rms"] == pytest.approx(4)
+    np.testing.assert_allclose(row["loss_t"], np.arange(10) / 2)
+    behind = jax.tree.map(np.subtract, new["ema"], new["params"])
+    assert row["ema_distance"] == pytest.approx(norm(behind) / norm(new["params"]), rel=1e-4)
+    for name, parts in {"text": ("text_in", "text_norm"), "vision": ("vision_in", "vision_out")}.items():
+        assert row[f"grad/{name}"] == pytest.approx(norm(grads, *parts) / 4, rel=1e-4)
+        assert row[f"move/{name}"] == pytest.approx(norm(moved, *parts) / norm(before, *parts), rel=1e-3)

@@ -154,3 +154,10 @@ def test_a_voided_update_moves_no_bit_and_no_count(name):
     following = [optimizer.update(gradients[1], kept, params) for kept in (state, after)]
     for one, other in zip(*map(jax.tree.leaves, following), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_adamw_takes_its_eps():
+    optimizer = optim.make_optimizer(lambda _: 0.1, b1=0.9, b2=0.95, eps=3.0, weight_decay=0.0, clip_norm=9.0)
+    params = {"kernel": jnp.ones(1)}
+    changes, _ = optimizer.update({"kernel": jnp.ones(1)}, optimizer.init(params), params)
+    np.testing.assert_allclose(changes["kernel"], -0.1 / (1 + 3), rtol=1e-5)

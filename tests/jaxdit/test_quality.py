@@ -192,3 +192,25 @@ def test_diversity_is_the_mean_over_pairs():
     one = cloud(0, 5)
     wanted = np.mean([np.linalg.norm(one[i] - one[j]) for i in range(5) for j in range(i)])
     assert quality.apart(one) == pytest.approx(wanted)
+
+
+def far(*closeness):
+    """Distances of pictures that close to their nearest training image."""
+    return np.array([[value, 1.0, 1.0] for value in closeness])
+
+
+def test_three_copies_in_a_hundred_or_what_chance_makes_of_few_are_nobodys_memory():
+    assert not quality.memory(far(*[0.1] * 3, *[1.0] * 97), far(*[1.0] * 100))["memorised"]
+    assert quality.memory(far(*[0.1] * 8, *[1.0] * 92), far(*[1.0] * 100))["memorised"]
+    assert not quality.memory(far(*[0.1] * 5, *[1.0] * 5), far(*[0.1] * 3, *[1.0] * 7))["memorised"]
+
+
+def test_a_burst_among_the_real_images_does_not_move_the_line_of_a_copy():
+    assert quality.memory(far(*[0.4] * 100), far(*[0.01] * 40, *[1.0] * 60))["copies"] == 1.0
+
+
+def test_precision_reaches_to_the_third_neighbour_and_not_to_the_fifth():
+    real, drawn = cloud(0, 40, 3), cloud(1, 40, 3, scale=1.6)
+    near = [np.sort(np.linalg.norm(real - one, axis=1))[3] for one in real]
+    inside = [np.any(np.linalg.norm(real - one, axis=1) <= near) for one in drawn]
+    assert quality.neighbourhoods(real, drawn)["precision"] == pytest.approx(np.mean(inside))

@@ -178,3 +178,14 @@ def test_noise_depends_on_seed_and_position_not_on_the_batch():
     assert len(np.unique(np.asarray(together).round(5))) > 40
     plain = jax.random.normal(jax.random.fold_in(jax.random.key(7), 2), (2, 2, 3))  # what a Python int gives
     np.testing.assert_array_equal(together[3], plain)
+
+
+def test_an_interval_guides_at_both_of_its_ends():
+    def model(x, t, conditions, drop_text, drop_vision):
+        return jnp.broadcast_to(jnp.where(drop_text, 0.0, 1.0)[:, None, None, None], x.shape)
+
+    weights = sampler.guidance_weights(3.0, 1.0)
+    table = jnp.asarray(sampler.solver_table("euler", sampler.time_grid(8, 1.0)))
+    options = {"table": table, "terms": sampler.needed_terms(weights), "weights": jnp.asarray(weights)}
+    got = sampler.sample(model, jnp.zeros((1, 2, 2, 1)), {}, interval=jnp.array([0.375, 0.75]), **options)
+    np.testing.assert_allclose(got, -(4 * 3 + 4 * 1) / 8, rtol=1e-6)
