@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         {
             "data": {
                 "path": "",  # OUT/RES of encode.main
-                "holdout_fraction": 0.01,  # 1,000 of 100,000 images: the held-out loss is then known to 0.3%
+                "holdout_fraction": 0.01,  # 1,000 of 100,000 images, of which train.eval_images are judged
                 "text_lengths": (),  # one length, the longest caption's: one program a bucket
                 "normalize_vision": False,
                 "accept_growth": False,

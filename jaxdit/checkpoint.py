@@ -132,7 +132,6 @@ class Checkpoints:
             self._sealing = threading.Thread(target=_put_seal, args=(self.folder / str(step),), daemon=True)
             self._sealing.start()
             self._sealed = step
-            write_json(self.folder.parent / LANDED, {"step": step})
         return True
 
     def landed(self, step: int) -> None:
@@ -246,6 +245,7 @@ class Checkpoints:
 
 def _put_seal(step: Path) -> None:
     try:
+        write_json(step.parents[1] / LANDED, {"step": int(step.name)})
         seal.put(step)
     except OSError as error:  # the step itself is whole
         logging.warning("%s has no %s, by which damage would be seen (%s).", step, seal.NAME, error)

@@ -316,24 +316,33 @@ class Dataset:
           places: the rows of each batch that are wanted here; None: all.
 
         Yields:
-          (batch, [batch, 2] uint32 numbers that are a function of each image's id alone, how many of its rows are images):
-          a short batch is filled up with copies, so that each bucket has one shape.
+          (batch, [batch, 3] uint32 numbers, how many of its rows are images): two numbers are a function of the image's id
+          alone, the third is its rank among them by a hash of its pixels, from 0 to 2^32: evenly spread, alike in both splits.
+          A short batch is filled up with copies, so that each bucket has one shape.
         """
         chosen = self.train if split == "training" else self.held_out
         total = sum(map(len, chosen.values()))
         count, end = min(count, total), 0
         chosen_of_all = np.array([k * total // count for k in range(count)], np.int64)  # in the row of all buckets
+        picked: dict[str, np.ndarray] = {}
         for name in self.buckets:
             begin, end = end, end + len(chosen[name])
             inside = chosen_of_all[(begin <= chosen_of_all) & (chosen_of_all < end)]
-            rows = chosen[name][inside - begin].tolist()
+            picked[name] = chosen[name][inside - begin]
+        hashes = np.concatenate([self.index[name]["check"][rows] for name, rows in picked.items()])
+        ranks = np.empty(count, np.int64)
+        ranks[np.argsort(hashes, kind="stable")] = np.arange(count)
+        ranks = ((ranks + 0.5) / count * 2**32).astype(np.uint32)
+        for name, rows in picked.items():
+            own, ranks = ranks[: len(rows)], ranks[len(rows) :]
             for start in range(0, len(rows), batch_size):
-                part = rows[start : start + batch_size]
-                filled = np.array(part + part[:1] * (batch_size - len(part)))
+                part = np.arange(start, min(start + batch_size, len(rows)))
+                filled = np.concatenate([part, np.full(batch_size - len(part), start)])
                 filled = filled if places is None else filled[places]
-                digests = [hashlib.sha256(sample["id"]).digest()[:8] for sample in self.records(name, filled)]
+                digests = [hashlib.sha256(sample["id"]).digest()[:8] for sample in self.records(name, rows[filled])]
                 numbers = np.stack([np.frombuffer(digest, "<u4") for digest in digests])
-                yield self.read(name, filled, np.zeros(len(filled), bool)), numbers, len(part)
+                numbers = np.column_stack([numbers, own[filled]])
+                yield self.read(name, rows[filled], np.zeros(len(filled), bool)), numbers, len(part)
 
 
 def _allow_open_files(shards: int) -> None:

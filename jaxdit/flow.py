@@ -43,6 +43,11 @@ def draw_timesteps(keys: jax.Array, *, mean: float, std: float, shift: float) ->
     return shift_timesteps(jax.nn.sigmoid(mean + std * normal), shift)
 
 
+def quantile_timesteps(shares: jax.Array, *, mean: float, std: float, shift: float) -> jax.Array:
+    """[batch] the t below which `draw_timesteps` falls in these shares of its draws; shares is [batch] in (0, 1)."""
+    return shift_timesteps(jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(shares)), shift)
+
+
 def draw_dropout(keys: jax.Array, *, both: float, text: float, vision: float) -> tuple[jax.Array, jax.Array]:
     """Which conditions each sample loses, by ONE categorical draw.
 
@@ -109,6 +114,7 @@ def losses(
     drop_both: float | jax.Array,
     drop_text: float | jax.Array,
     drop_vision: float | jax.Array,
+    shares: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Training loss of each sample, and what tells where a loss comes from.
 
@@ -118,13 +124,15 @@ def losses(
       keys: [batch], from `sample_keys`.
       mean, std, shift: of the timesteps.
       drop_both, drop_text, drop_vision: shares of the samples, see `draw_dropout`.
+      shares: of `quantile_timesteps`, in place of a draw.
 
     Returns:
       [batch] float32 each: "loss"; "t"; "velocity" and "target", mean squares of the predicted and of the true velocity.
     """
     x0, mask = batch["latent"], batch.get("mask")
     time_keys, drop_keys, noise_keys = (jax.vmap(jax.random.fold_in, (0, None))(keys, purpose) for purpose in range(3))
-    t = draw_timesteps(time_keys, mean=mean, std=std, shift=shift)
+    draw, draws = (draw_timesteps, time_keys) if shares is None else (quantile_timesteps, shares)
+    t = draw(draws, mean=mean, std=std, shift=shift)
     without_text, without_vision = draw_dropout(drop_keys, both=drop_both, text=drop_text, vision=drop_vision)
     noise = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(noise_keys)
     target = velocity_target(x0, noise)

@@ -1,7 +1,8 @@
 """The loss on images that training never sees, and on as many that it does: the same measure, so their gap is memorising.
 
-An image's (t, noise) are a function of its id, and each loss is one image's own: the numbers do not depend on the step, the
-seed, the size of the batches or the number of devices.
+An image's noise is a function of its id, its t of its rank among the images judged; both splits are given the same t, spread
+evenly over those of the training. Were they drawn, two splits that are alike would stand several per cent apart. Each loss is
+one image's own: the numbers do not depend on the step, the seed, the size of the batches or the number of devices.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ SPLITS = ("held_out", "training")
 
 
 def losses(graph: Any, options: Mapping[str, float], params: Any, batch: dict, numbers: jax.Array, drops: jax.Array):
-    """[batch] losses and timesteps; numbers is [batch, 2] uint32 of `data.Dataset.fixed_batches`, drops [3] of CONDITIONS."""
+    """[batch] losses and timesteps; numbers is [batch, 3] uint32 of `data.Dataset.fixed_batches`, drops [3] of CONDITIONS."""
     found = flow.losses(
         nnx.merge(graph, params),
         batch,
-        jax.random.wrap_key_data(numbers),
+        jax.random.wrap_key_data(numbers[:, :2]),
+        shares=numbers[:, 2].astype(np.float32) * 2.0**-32,
         **{name: options[name] for name in ("mean", "std", "shift")},
         drop_both=drops[0],
         drop_text=drops[1],

@@ -39,7 +39,7 @@ class Teller:
             self._write(row, voided_in_row)
         if voided_in_row >= VOIDED_LIMIT:
             self.saver.wait()  # the save in hand may be the last good one
-            saved = [step for step in self.saver.steps() if step <= row["step"] - voided_in_row]
+            saved = self.saver.steps()
             raise TrainingStopped(
                 f"{voided_in_row} updates in a row up to step {row['step']} were not finite. The last good checkpoint is "
                 f"{f'step {saved[-1]}' if saved else 'none'} in {self.saver.folder}; lower optim.peak_learning_rate and go on."

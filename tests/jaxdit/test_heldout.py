@@ -1,9 +1,10 @@
 """The held-out loss: each kind is given what its name says, each number is its own weights'."""
 
 import jax.numpy as jnp
+import make_data
 import numpy as np
 
-from jaxdit import heldout
+from jaxdit import data, flow, heldout
 
 
 def test_each_kind_of_held_out_loss_is_given_what_its_name_says(monkeypatch):
@@ -15,7 +16,7 @@ def test_each_kind_of_held_out_loss_is_given_what_its_name_says(monkeypatch):
         return x_t
 
     monkeypatch.setattr(heldout.nnx, "merge", lambda graph, params: dit)
-    numbers = jnp.arange(16, dtype=jnp.uint32).reshape(8, 2)
+    numbers = jnp.arange(1, 25, dtype=jnp.uint32).reshape(8, 3) * 2**27
     for name, drops in heldout.CONDITIONS.items():
         heldout.losses(
             None, {"mean": 0.0, "std": 1.0, "shift": 1.0}, None, {"latent": jnp.zeros((8, 2, 2, 1))}, numbers, drops
@@ -37,3 +38,24 @@ def test_a_held_out_loss_is_the_mean_of_its_own_weights_without_the_copies_that_
     assert {row[f"eval/{split}/ema/{kind}"] for split in heldout.SPLITS for kind in heldout.CONDITIONS} == {3.0}
     assert row["eval/held_out/raw/text"] == 30.0
     assert (row["eval/held_out/ema/t0"], row["eval/held_out/ema/t9"]) == (1.0, 4.0)
+
+
+def test_both_splits_are_judged_at_the_same_timesteps_spread_as_those_of_training(tmp_path):
+    make_data.dataset(tmp_path / "64", {"64x64": 30, "48x80": 20})
+    dataset = data.Dataset(tmp_path / "64", holdout_fraction=0.5)
+    options, seen = {"mean": 0.3, "std": 0.8, "shift": 2.0}, {}
+    for split in heldout.SPLITS:
+        ranks, buckets = [], []
+        for batch, numbers, count in dataset.fixed_batches(split, 4, 16):
+            assert numbers.dtype == np.uint32 and numbers.shape == (4, 3)
+            ranks += numbers[:count, 2].tolist()
+            buckets += [batch["bucket"] if "bucket" in batch else batch["latent"].shape] * count
+        shares = np.array(ranks) / 2**32
+        np.testing.assert_allclose(np.sort(shares), (np.arange(16) + 0.5) / 16, atol=1e-6)
+        first = shares[np.array([bucket == buckets[0] for bucket in buckets])]
+        assert 0.2 < first.mean() < 0.8 and first.min() < 0.4 < 0.6 < first.max()  # of each bucket, early and late ones
+        t = flow.quantile_timesteps(jnp.asarray(shares, jnp.float32), **options)
+        seen[split] = np.sort(t)
+    np.testing.assert_array_equal(seen["held_out"], seen["training"])
+    drawn = flow.draw_timesteps(flow.sample_keys(0, 0, 0, 20_000), **options)
+    np.testing.assert_allclose(seen["training"], np.quantile(drawn, (np.arange(16) + 0.5) / 16), atol=0.01)

@@ -78,7 +78,7 @@ def main():
             "temporary": programs[0].memory_analysis().temp_size_in_bytes,
         }
         if count in (1, 8):
-            numbers = jax.device_put(random.integers(2**32, size=(ROWS, 2), dtype=np.uint32), rows)
+            numbers = jax.device_put(random.integers(2**32, size=(ROWS, 3), dtype=np.uint32), rows)
             judged, _ = judge(state["params"], batch, numbers, jax.device_put(np.zeros(3, np.float32), everywhere))
             found["judged"] = np.asarray(judged).tolist()
         if (count, data, fsdp) in MUON:
