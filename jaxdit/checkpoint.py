@@ -72,9 +72,9 @@ class Checkpoints:
         """
         self.wait()
         with self._telling_failures():
-            self._landing = step
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state, ema)))
             if processes.lead(functools.partial(self._make_room, step, needed)):
+                self._landing = step
                 items = ocp.args.Composite(
                     state=ocp.args.StandardSave(state), ema=ocp.args.StandardSave(ema), data=ocp.args.JsonSave(data)
                 )

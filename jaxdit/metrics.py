@@ -132,23 +132,38 @@ def _remove_after(path: Path, step: int) -> tuple[dict[str, Any] | None, float]:
     """Rewrite metrics.jsonl without damaged lines and without rows after `step`; (newest kept row, most seconds seen)."""
     if not path.exists():
         return None, 0.0
-    last, seconds, changed = None, 0.0, False
+    last, held, seconds, changed, damaged = None, None, 0.0, False, 0
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as out:
+
+        def put(line, row):
+            nonlocal last
+            last = row
+            out.write(line if line.endswith(b"\n") else line + b"\n")
+
         for line, row in _lines(path):
             if row is not None and isinstance(row.get("seconds"), int | float):
                 seconds = max(seconds, float(row["seconds"]))
-            if row is None or row["step"] > step or (last is not None and row["step"] <= last["step"]):
-                changed = True
+            if row is None or row["step"] > step:
+                changed, damaged = True, damaged + (row is None)
                 continue
-            last = row
-            whole = line.endswith(b"\n")
-            out.write(line if whole else line + b"\n")
-            changed = changed or not whole
+            changed = changed or not line.endswith(b"\n")
+            if held is None or row["step"] > held[1]["step"]:
+                if held is not None:
+                    put(*held)
+                held = line, row
+                continue
+            changed, damaged = True, damaged + 1
+            if last is None or row["step"] > last["step"]:  # the one before is out of order, not this one
+                held = line, row
+        if held is not None:
+            put(*held)
     if changed:
         publish(temporary, path)
     else:
         temporary.unlink()
+    if damaged:
+        logging.warning("%s: %d damaged lines are left out.", path, damaged)
     return last, seconds
 
 

@@ -338,3 +338,17 @@ def test_rows_are_put_on_the_disk_when_asked(tmp_path, monkeypatch):
     log.sync()
     assert "metrics.jsonl" in told
     log.close()
+
+
+def test_a_row_out_of_order_costs_itself(tmp_path, caplog):
+    steps = [1, 2, 7, 4, 5, 6, 2, 7, 8, 9]  # 3 with a digit changed, and 2 once more
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row(step)) + "\n" for step in steps) + '{"step": 10, "lo'
+    )
+    log = metrics.Metrics(tmp_path, 8)
+    log.close()
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 4, 5, 6, 7, 8]
+    assert "3 damaged lines are left out" in caplog.text
+    caplog.clear()
+    metrics.Metrics(tmp_path, 8).close()
+    assert "damaged" not in caplog.text
