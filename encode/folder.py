@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 import unicodedata
 from collections import Counter
@@ -23,12 +24,12 @@ METADATA = "metadata.jsonl"
 VECTORS = (".dino.npy", ".dino_flip.npy")
 BESIDE = frozenset({"txt", "json", "jsonl", "npy"})  # never pictures
 LITTER = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db", "ehthumbs_vista.db", "icon\r", "picasa.ini"})
-_LITTER = (
-    "__macosx @eadir #recycle #snapshot @recycle @recently-snapshot $recycle.bin lost+found"  # of systems and of NAS
-)
+# Of systems and of NAS.
+_LITTER = "__macosx @eadir #recycle #snapshot @recycle @recently-snapshot $recycle.bin lost+found"
 LITTER_FOLDERS = frozenset([*_LITTER.split(), "system volume information"])
 OURS = ({"plan.json", "parts"}, {"quarantine.jsonl", "report.html"}, {"config.json", "checkpoints"})
 KNOWN = BESIDE | formats.PICTURES | formats.REFUSED.keys()
+BACKUP = re.compile(r"(~|_original|\.(bak|backup|old|orig|tmp|thm))$", re.IGNORECASE)
 VIDEOS = frozenset({"mp4", "mov", "m4v", "avi", "3gp"})  # a phone's live photograph is a picture and a film of one name
 SAY_EVERY = 10.0  # seconds
 
@@ -209,10 +210,9 @@ def _sort_out(found: Found) -> None:
             else:
                 found.others[_kind(file)] += 1
     stems = {os.path.splitext(file)[0] for file in found.pictures}
-    for (
-        file
-    ) in odd:  # a picture by its content; of a picture's name and another suffix it is a backup or a preview of that
-        if suffix_of(file) and os.path.splitext(file)[0] in stems:
+    named = {*stems, *found.pictures}
+    for file in odd:  # by their content pictures too: 1.jpg.bak, 1.jpg~, 1.jpg_original, 1.thm beside 1.jpg
+        if BACKUP.search(file) and os.path.splitext(file)[0] in named:
             found.others[_kind(file)] += 1
         else:
             found.pictures.append(file)

@@ -202,8 +202,10 @@ def _open(path: Path, kind: str, max_pixels: int) -> Image.Image:
         primaries, transfer = headers.colour_code(image, path)
         if transfer in colour.HDR:
             raise ImageProblem(formats.HDR_REASON)
-        if primaries in colour.PROFILES and not image.info.get("icc_profile"):
+        if primaries in colour.PROFILES:
             image.info["icc_profile"] = colour.profile(primaries)
+        elif primaries == 1:  # sRGB's own
+            image.info.pop("icc_profile", None)
     except BaseException:
         image.close()
         raise

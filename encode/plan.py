@@ -6,6 +6,7 @@ other encoders or other photographs are refused by name instead of being mixed i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -77,6 +78,8 @@ def grow(config: Any, plan: Mapping, new: Sequence[Item], workers: Workers, stop
         "unfit": [row for row in plan["unfit"] if row["file"] not in names] + [asdict(row) for row in unfit + more],
         "inputs": plan["inputs"] | inputs["inputs"],
         "bytes": plan["bytes"] | inputs["bytes"],
+        # What is tried again is tried once more only when it is another file than now.
+        "again": plan.get("again", {}) | {item.id: _stamp(item) for item in new if item.id in plan["inputs"]},
         "unflipped": sorted({*plan["unflipped"]} - names | {*inputs["unflipped"]}),
     }
 
@@ -127,7 +130,8 @@ def retried(config: Any, plan: Mapping, parts: Sequence[Mapping], collection: Co
         if reason.startswith(images.ImageProblem.unread):
             new = _reads(item, config.vision.precomputed)
         else:
-            new = _bytes(item.path) != plan["bytes"][item.id] or any(_changed(path) > when for path in item.files)
+            stamp, before = _stamp(item), plan.get("again", {}).get(item.id)
+            new = stamp != before if before else stamp[0] != plan["bytes"][item.id] or stamp[1] > when
         again |= {item.id} if new else set()
     for row in [row for part in [*parts, {"quarantine": plan["unfit"]}] for row in part["quarantine"]]:
         if found := re.search(r"config\.(decode_seconds|decode_memory)=([\d.]+)", row["reason"]):
@@ -137,13 +141,13 @@ def retried(config: Any, plan: Mapping, parts: Sequence[Mapping], collection: Co
     return again | (longer & refused.keys())
 
 
-def _changed(path: Path) -> int:
-    """When a file was written, or put in its place, in nanoseconds; 0 where it cannot be asked."""
-    try:
-        state = path.stat()
-    except OSError:
-        return 0
-    return max(state.st_mtime_ns, state.st_ctime_ns)
+def _stamp(item: Item) -> list[int]:
+    """The length of a picture's file, and when the newest of its files was written, or put in its place, in nanoseconds."""
+    changed = 0
+    for path in item.files:
+        with contextlib.suppress(OSError):
+            changed = max(changed, path.stat().st_mtime_ns, path.stat().st_ctime_ns)
+    return [_bytes(item.path), changed]
 
 
 def _reads(item: Item, vectors: bool) -> bool:

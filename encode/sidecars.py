@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import html
+import html.entities
 import json
 import re
 import unicodedata
@@ -66,7 +67,7 @@ def captions_of(value: Any) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in values):
         raise Unusable("the caption is not text")
-    values = [_ENTITY.sub(lambda found: html.unescape(found[0]), text) for text in values]
+    values = [_ENTITY.sub(_meant, text) for text in values]
     for text in values:
         if not text.isascii() and not _encodable(text):
             raise Unusable("the caption holds half a character (a lone surrogate)")
@@ -79,6 +80,13 @@ def captions_of(value: Any) -> tuple[str, ...]:
     if not captions:
         raise Unusable("the caption is empty")
     return captions
+
+
+def _meant(entity: re.Match[str]) -> str:
+    if entity[0][1] != "#" and entity[0][1:] not in html.entities.html5:
+        return entity[0]
+    sign = html.unescape(entity[0])
+    return entity[0] if "\ufffd" in sign else sign
 
 
 def _shows(text: str) -> bool:

@@ -190,7 +190,7 @@ class Checkpoints:
         if not parts and (landed := self.folder.parent / LANDED).exists():
             raise InputError(
                 f"{self.folder} holds no step, but {landed} says that one was saved there: is its disk mounted? To begin anew, "
-                "name a new --workdir. Nothing was changed."
+                "name a new --workdir."
             )
         damaged: list[int] = []
         for step in reversed(steps):
@@ -261,8 +261,7 @@ def _writer() -> ocp.AsyncCheckpointer:
 def read_step(folder: Path, state: Any, ema: Any) -> tuple[Any, Any, dict[str, Any]]:
     """(state, ema, data) of one complete step's folder, as trees like those given; raises whatever the reading meets."""
     leave_out_tracebacks()
-    if processes.first():
-        seal.verify(folder, ITEMS)
+    processes.lead(functools.partial(seal.verify, folder, ITEMS))  # before any goes into Orbax's barriers
     restored = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(
         folder,
         args=ocp.args.Composite(

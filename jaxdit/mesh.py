@@ -103,9 +103,14 @@ def on_one(mesh: Mesh, params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
 
-def describe(mesh: Mesh) -> str:
-    """Such as "16 x NVIDIA H100 (data 2 x fsdp 8) in 2 processes": what the rounding of sums depends on."""
+def describe(mesh: Mesh, like: str = "16 x cpu") -> str:
+    """Such as "16 x NVIDIA H100 (data 2 x fsdp 8) in 2 processes": what the rounding of sums depends on.
+
+    Where `like` was written before November 2026 the kind is not told: "1 device", "16 devices (data ...".
+    """
     words = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    if not re.match(r"\d+ x ", like):
+        words = f"{mesh.size} device{'s' * (mesh.size > 1)}"
     if mesh.size > 1:
         words += f" ({' x '.join(f'{name} {size}' for name, size in mesh.shape.items())})"
     return words + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
@@ -124,7 +129,7 @@ def refuse_lost_card(before: str) -> None:
     if jax.default_backend() == "cpu" and not asked and re.match(r"\d+ x (?!cpu)", before):
         raise InputError(
             f"the run was saved on {before}, and JAX finds only this machine's CPU: is the driver loaded (nvidia-smi), and JAX "
-            "for CUDA installed? JAX_PLATFORMS=cpu before the command goes on here all the same. Nothing was changed."
+            "for CUDA installed? JAX_PLATFORMS=cpu before the command goes on here all the same."
         )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from encode import records
 
+VERSION = 2  # of the order; kept with each checkpoint
 FEW = 2**16  # numbers whose order is an array, made within 10 ms
 
 

@@ -34,6 +34,7 @@ from jaxdit import (
     metrics,
     model,
     optim,
+    order,
     origin,
     previews,
     processes,
@@ -174,7 +175,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
             log.sync()
         with jax.transfer_guard("allow"):  # the copy to the host is what saving is
             beside = {"position": position, "metrics": {"step": step, "seconds": clock.seconds}, "config": known}
-            beside["devices"] = mesh.describe(devices)
+            beside |= {"devices": mesh.describe(devices), "order": order.VERSION}
             saver.save(step, *_split_ema(state), beside)
         if log:
             report.update(workdir)
@@ -307,14 +308,16 @@ def begin(config, workdir, fresh, optimizer, saver, shapes, devices):
         now = json.loads(config.to_json_best_effort())
         folder.refuse_fixed(saver.folder / str(step), folder.changed_fields(folder.as_of_now(kept["config"]), now))
         mesh.refuse_lost_card(kept.get("devices", ""))
-        if kept.get("devices", "1 device") not in (
-            "1 device",
-            mesh.describe(devices),
-        ):  # the former until November 2026
+        today = mesh.describe(devices, like=kept.get("devices", "1 device"))
+        if kept.get("devices", today) != today:
             logging.warning(
                 "Saved on %s, going on with %s: the samples and their order stay, but sums are rounded otherwise, so the run is "
-                "not bit for bit what it would have been.", kept["devices"], mesh.describe(devices),
+                "not bit for bit what it would have been.", kept["devices"], today,
             )  # fmt: skip
+        if kept.get("order", 1) != order.VERSION:
+            logging.warning(
+                "Saved by a version that shuffled otherwise: until the epoch ends some images come twice, some not."
+            )
         if step < config.train.total_steps:
             logging.info("Going on at step %d of %d in %s.", step, config.train.total_steps, workdir)
         else:

@@ -176,7 +176,7 @@ def claim(
             differences = changed_fields(before, now)
             refuse_fixed(other, differences)
             _record(workdir, differences)
-            copy = read_json(other / "dataset.json", RESTORE)
+            copy = _copy(other)
             dataset = _same_data(other, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
         write_json(workdir / "dataset.json", dataset)
         write_json(workdir / "origin.json", start or {})
@@ -189,7 +189,7 @@ def claim(
     now["train"]["gate"] = before["train"]["gate"]  # looked at when the folder was begun, and never again
     differences = changed_fields(before, now)
     refuse_fixed(workdir, differences)
-    copy = read_json(workdir / "dataset.json", RESTORE)
+    copy = _copy(workdir)
     dataset = _same_data(workdir, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
     if differences:
         _record(workdir, differences)
@@ -197,6 +197,13 @@ def claim(
     if dataset != copy:
         write_json(workdir / "dataset.json", dataset)
     return dataset
+
+
+def _copy(workdir: Path) -> dict[str, Any]:
+    try:
+        return read_json(workdir / "dataset.json", RESTORE)
+    except FileNotFoundError as error:
+        raise InputError(f"{workdir / 'dataset.json'} is missing; {RESTORE}.") from error
 
 
 def _begun_with(path: Path) -> dict[str, Any]:
@@ -234,10 +241,11 @@ def _same_data(workdir: Path, copy: dict, data_path: Path, dataset: dict, accept
     A copy of grown data keeps under "own" the statistics that the data set itself has.
     """
     own = copy.get("own", {name: copy[name] for name in STATISTICS})
-    differing = [key for key in ("fingerprint", "widths", "buckets") if copy[key] != dataset[key]]
+    differing = [key for key in ("fingerprint", "widths") if copy[key] != dataset[key]]
+    differing += ["buckets"] if _without_shards(copy) != _without_shards(dataset) else []
     differing += [name for name in STATISTICS if own[name] != dataset[name]]
     if not differing:
-        return copy
+        return copy | {"buckets": dataset["buckets"]}
     if copy["count"] >= dataset["count"] or not _is_growth(copy, dataset):
         raise InputError(
             f"{workdir} was begun with another data set: {differing[0]} of {data_path}/dataset.json differs from its copy; "
@@ -251,6 +259,11 @@ def _same_data(workdir: Path, copy: dict, data_path: Path, dataset: dict, accept
     logging.info("The data set has grown from %d to %d images; all are taken.", copy["count"], dataset["count"])
     start = {name: copy[name] for name in STATISTICS}
     return dataset | start | {"own": {name: dataset[name] for name in STATISTICS}}
+
+
+def _without_shards(dataset: dict) -> dict[str, dict]:
+    """The buckets; a refused picture that is tried again in vain leaves a shard of nothing."""
+    return {name: bucket | {"shards": 0} for name, bucket in dataset["buckets"].items()}
 
 
 def _is_growth(copy: dict, dataset: dict) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 
 import numpy as np
@@ -450,3 +451,17 @@ def test_pictures_that_change_between_two_resolutions_of_a_shard_leave_one_data_
     assert found[0].keys() == found[1].keys() and len(found[0]) == 5
     assert all(found[0][name]["pixel_hash"] == found[1][name]["pixel_hash"] for name in found[0])
     assert records.load_dataset(out / "128")["count"] == 5
+
+
+def test_a_refused_picture_of_a_wrong_date_is_tried_once_more_and_not_for_ever(tmp_path):
+    images, out = fakes.photographs(tmp_path / "in", 4), tmp_path / "out"
+    whole = (images / "001.png").read_bytes()
+    (images / "001.png").write_bytes(whole[: len(whole) // 2])
+    os.utime(images / "001.png", (2e9, 2e9))
+    plans = []
+    for _ in range(4):
+        assert _run(images, out).refused == 1
+        plans.append((out / "plan.json").read_bytes())
+    assert len(set(plans[1:])) == 1
+    (images / "001.png").write_bytes(whole)
+    assert _run(images, out).encoded == 4 and _refused(out) == {}

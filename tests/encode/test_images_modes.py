@@ -591,3 +591,16 @@ def test_a_jpeg_of_a_rare_kind_is_not_called_damaged(tmp_path):
         (tmp_path / "a.jpg").write_bytes(edited)
         with pytest.raises(images.ImageProblem, match=f"^a JPEG of a rare kind .{reason}"):
             images.decode(tmp_path / "a.jpg", LIMIT)
+
+
+def test_the_number_of_a_png_s_colours_overrules_its_profile(tmp_path):
+    srgb = zlib.compress(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    wide = zlib.compress(colour.profile(12))
+    found = {}
+    for name, primaries, profile in (("told", 12, srgb), ("plain", 1, wide), ("wide", 0, wide)):
+        chunks = [(b"cICP", bytes([primaries, 13, 0, 1]))] if primaries else []
+        data = _png(2, 8, fuzz.picture(), [*chunks, (b"iCCP", b"p\0\0" + profile)])
+        found[name] = _decode(tmp_path / "a.png", data)
+    _near(found["told"], found["wide"], 0)
+    _near(found["plain"], fuzz.picture(), 0)
+    assert np.abs(found["told"] - found["plain"]).max() > 10

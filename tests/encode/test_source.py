@@ -87,10 +87,13 @@ def test_captions_are_read_in_any_unicode_and_stripped(tmp_path, mark, encoding,
 def test_entities_of_web_pages_are_the_signs_that_they_mean(tmp_path):
     for name, text in (
         ("a", "&quot;OPEN&quot; above a door"),
-        ("b", "R&amp;B, AT&T; 5 &lt; 7 &copy 2020 &#39;so&#x27;"),
+        ("b", "R&amp;B, AT&T; 5 &lt; 7 &copy 2020 &#39;so&#x27; &notit; &#0;"),
     ):
         _picture(tmp_path / f"{name}.png", text)
-    assert _found(tmp_path) == {"a.png": ('"OPEN" above a door',), "b.png": ("R&B, AT&T; 5 < 7 &copy 2020 'so'",)}
+    assert _found(tmp_path) == {
+        "a.png": ('"OPEN" above a door',),
+        "b.png": ("R&B, AT&T; 5 < 7 &copy 2020 'so' &notit; &#0;",),
+    }
 
 
 BAD_TEXTS = {
@@ -421,14 +424,14 @@ def test_a_broken_file_that_speaks_of_mirroring_is_not_overlooked(tmp_path, brok
 
 def test_backups_and_previews_of_a_picture_are_no_samples_of_their_own(tmp_path):
     _picture(tmp_path / "edit.jpg", "after")
-    for name in ("edit.jpg_original", "edit.jpg~", "edit.THM", "lone.backup", "edit"):
+    for name in ("edit.jpg_original", "edit.jpg~", "edit.THM", "edit.jpg.bak", "lone.backup", "edit", "edit.v2"):
         _picture(tmp_path / name)
     (tmp_path / "lone.txt").write_text("alone")
     for name in ("@Recycle", "#snapshot", "lost+found"):
         _picture(tmp_path / name / "edit.jpg", "before")
     collection = walk(tmp_path)
-    assert [item.id for item in collection.items] == ["edit", "edit.jpg", "lone.backup"]
-    assert collection.others == {"jpg_original": 1, "jpg~": 1, "thm": 1}
+    assert [item.id for item in collection.items] == ["edit", "edit.jpg", "edit.v2", "lone.backup"]
+    assert collection.others == {"bak": 1, "jpg_original": 1, "jpg~": 1, "thm": 1}
 
 
 def test_several_rows_for_one_picture_are_several_captions_and_a_bad_one_costs_itself(tmp_path):

@@ -298,3 +298,10 @@ def test_a_run_that_lost_its_card_does_not_go_on_unasked(monkeypatch, before, pl
         return mesh.refuse_lost_card(before)
     with pytest.raises(InputError, match=r"was saved on .*, and JAX finds only this machine's CPU"):
         mesh.refuse_lost_card(before)
+
+
+def test_what_was_written_before_kinds_were_told_is_compared_without_them():
+    one = mesh.make_mesh()
+    assert mesh.describe(one) == "1 x cpu" and mesh.describe(one, like="8 x cpu (data 1 x fsdp 8)") == "1 x cpu"
+    assert mesh.describe(one, like="1 device") == "1 device"
+    assert mesh.describe(one, like="2 devices (data 1 x fsdp 2)") == "1 device"

@@ -132,8 +132,12 @@ def test_four_processes_and_the_death_of_the_first(path, one, tmp_path):
     for process in started:
         process.send_signal(signal.SIGTERM)
     assert [code for code, _ in ends(started)] == [3] * 4
+    newest = workdir / "checkpoints" / str(checkpoint.saved_steps(workdir, "state")[-1])
+    file = max((newest / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
     found = ends(begin(path, workdir, 4, **{"mesh.fsdp": 2}), 300)
     assert [code for code, _ in found] == [0] * 4, found
+    assert f"Step {newest.name} cannot be read (state/" in found[0][1] and "Going on at step" in found[0][1]
     assert_like_one(workdir, one, 40)
 
 

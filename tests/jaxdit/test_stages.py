@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_run import assert_same, curve, run, tiny, weights
 
+from encode import records
 from encode.records import InputError
 from jaxdit import checkpoint, metrics, standing, train
 
@@ -102,6 +103,24 @@ def test_what_was_paid_for_is_known_without_its_rows_and_the_pace_is_of_what_sta
     earlier = [{"step": step, "seconds": step - 20.0, "seconds_before": 0.0} for step in range(10, 21)]
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*earlier, *rows]))
     assert standing.look(tmp_path / "run").rate == pytest.approx(4.0)
+
+
+def test_a_shard_of_nothing_is_no_other_data_set(path, undisturbed, tmp_path):
+    """As a refused picture that is tried again in vain leaves it."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.copytree(path, tmp_path / path.name)
+    info = records.load_dataset(path)
+    bucket, about = next(iter(info["buckets"].items()))
+    spec = records.features(about["latent"], info["widths"]["text"], info["widths"]["vision"])
+    records.write_shard(tmp_path / path.name, bucket, about["shards"], [], spec)
+    records.finish_bucket(tmp_path / path.name, bucket, spec)
+    about["shards"] += 1
+    records.write_json(tmp_path / path.name / "dataset.json", info)
+    assert train.train(tiny(tmp_path / path.name, **{"train.total_steps": 22}), tmp_path / "run") == "done"
+    assert records.load_dataset(tmp_path / "run")["buckets"] == info["buckets"]
+    (tmp_path / "run" / "dataset.json").unlink()
+    with pytest.raises(InputError, match=r"dataset\.json is missing; bring it back"):
+        train.train(tiny(tmp_path / path.name, **{"train.total_steps": 24}), tmp_path / "run")
 
 
 def test_a_home_folder_is_written_out_in_what_is_kept(path, tmp_path, monkeypatch):
