@@ -271,6 +271,11 @@ def define_flags() -> None:
     flags.DEFINE_string("clip", None, "Folder of a CLIP model (safetensors), for its score.")
 
 
+def _judged(out: Path) -> str:
+    path = out / "evaluation.jsonl"
+    return f"what was judged before is in {path}." if path.exists() else "no step has been judged to its end."
+
+
 def main() -> int:
     given = flags.FLAGS
     mesh.keep_programs()
@@ -283,9 +288,9 @@ def main() -> int:
             workdir, out, data_path=given.data, steps=given.steps, raw=given.raw, images=given.images, clip=given.clip
         )
     except MemoryError as error:
-        return commandline.fail(f"{error}; what was judged before is in {out / 'evaluation.jsonl'}.")
+        return commandline.fail(f"{error}; {_judged(out)}")
     except KeyboardInterrupt:
-        print(f"Stopped; what was judged before is in {out / 'evaluation.jsonl'}, and the same command does the rest.")
+        print(f"Stopped; {_judged(out)} The same command does the rest.")
         return commandline.STOPPED
     print(f"Judged: {len(rows)} of the run's checkpoints. Look at {out / 'evaluation.html'}")
     return commandline.fail("; ".join(problems)) if problems else 0

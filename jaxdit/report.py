@@ -313,8 +313,8 @@ def checkpoints(run: Standing) -> str:
         for one in reversed(run.saved[-CHANGES:])
     ]
     words = (
-        "<p class='faint'>To sample: <code>python -m jaxdit.sample --workdir=DIR --step=N</code>. To go on from an earlier one, "
-        "in a new folder: <code>--config.train.restore=DIR@N</code>.</p>"
+        "<p class='faint'>To sample: <code>python -m jaxdit.sample --workdir=DIR --step=N --out=PICTURES</code>. "
+        "To go on from an earlier one, in a new folder: <code>--config.train.restore=DIR@N</code>.</p>"
     )
     return table(["step", "good for", "size", "saved"], rows, (0, 2)) + words
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import platform
+import shlex
 import sys
 import time
 import traceback
@@ -217,7 +218,7 @@ def describe(run: trained.Trained, dataset: data.Dataset, examples: Sequence[jud
     hashes = [example.record["pixel_hash"].decode() for example in examples]
     content = json.dumps([dataset.info["fingerprint"], hashes], sort_keys=True)
     return {
-        "command": " ".join(sys.argv),
+        "command": "python -m jaxdit.validate " + shlex.join(sys.argv[1:]),
         "sampling": SAMPLING | {"shift": run.config["sample"]["shift"]},
         "data": str(dataset.path),
         "data_fingerprint": hashlib.sha256(content.encode()).hexdigest()[:16],

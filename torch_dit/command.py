@@ -7,10 +7,16 @@ Several --reference are mixed by --weights. Run python pipeline.py --help for th
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
+import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 
 from torch_dit.encoders import upright
@@ -38,8 +44,14 @@ def main() -> None:
         width, height = map(int, given.size.split("x")) if given.size else (None, None)
     except ValueError:
         parser.error(f"--size={given.size}: WIDTHxHEIGHT in pixels is wanted, as in 512x512")
-    if given.count < 1:
-        parser.error(f"--count={given.count}: at least 1 is wanted")
+    for name, least in (("count", 1), ("steps", 1), ("seed", 0)):
+        if (value := getattr(given, name)) is not None and value < least:
+            parser.error(f"--{name}={value}: at least {least} is wanted")
+    for name in ("guidance_text", "guidance_vision"):
+        if (value := getattr(given, name)) is not None and not math.isfinite(value):
+            parser.error(f"--{name}={value}: a number is wanted")
+    if width is not None and min(width, height) < 1:
+        parser.error(f"--size={given.size}: sides above 0 are wanted")
     here, out = Path(__file__).resolve().parent, Path(given.out)
     for name in FILES:
         if not (here / name).is_file():
@@ -72,8 +84,19 @@ def main() -> None:
     except (ValueError, AssertionError, OSError, SafetensorError) as error:  # PyTorch asserts that there is a card
         parser.error(str(error))
     for seed, image in zip(seeds, images):
-        image.save(out / f"{seed}.png")
-        print(out / f"{seed}.png")
+        path = next(path for path in _names(out, seed) if not path.exists())
+        words = PngInfo()
+        for name, value in {"prompt": given.prompt, "seed": str(seed), "command": shlex.join(sys.argv)}.items():
+            words.add_itxt(name, value)
+        image.save(path, pnginfo=words)
+        print(path)
+
+
+def _names(out: Path, seed: int) -> Iterator[Path]:
+    """0.png, 0-2.png, ...: no picture takes the place of another."""
+    yield out / f"{seed}.png"
+    for number in itertools.count(2):
+        yield out / f"{seed}-{number}.png"
 
 
 if __name__ == "__main__":

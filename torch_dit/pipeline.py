@@ -166,7 +166,7 @@ class JaxditPipeline(DiffusionPipeline):
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents have the shape {tuple(latents.shape)}, {shape} is wanted.")
         x = latents.to(device, torch.float32)
-        steps = num_inference_steps or config.steps
+        steps = config.steps if num_inference_steps is None else num_inference_steps
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
         for sigma, timestep in zip(self.scheduler.sigmas, self.progress_bar(self.scheduler.timesteps)):
             x = self.scheduler.step(self._velocity(x, sigma, given, absent, terms), timestep, x, return_dict=False)[0]

@@ -69,3 +69,22 @@ def test_a_hundred_thousand_pictures_are_quick_and_well_served():
     aspects = rng.choice([3 / 2, 2 / 3, 4 / 3, 3 / 4, 1, 16 / 9], 100_000) * np.exp(rng.normal(0, 0.02, 100_000))
     shapes = buckets.choose(aspects, 12, 16)
     assert np.mean([buckets.assign(aspect, shapes)[1] for aspect in aspects[:2000]]) < 1.03
+
+
+def test_the_least_resolution_is_64_and_three_cells_are_no_grid():
+    assert buckets.cells_across((64,)) == 4
+    with pytest.raises(ValueError, match="share no grid"):
+        buckets.cells_across((96, 144))  # 32 and 48 pixels: three cells
+
+
+@pytest.mark.parametrize("cells", [11, 13, 15, 16])
+def test_no_bucket_is_narrower_than_one_to_four(cells):
+    assert all(1 / 4 <= columns / rows <= 4 for columns, rows in buckets.candidates(cells))
+
+
+def test_named_buckets_are_of_about_the_area_and_no_two_of_one_shape():
+    with pytest.raises(ValueError, match="the area is not near that of 1024x1024"):
+        buckets.forced([(2048, 2048)], 16, 1024)
+    with pytest.raises(ValueError, match="960x576 has the shape of 1280x768"):
+        buckets.forced([(1280, 768), (960, 576)], 16, 1024)
+    assert buckets.forced([(1280, 768), (768, 1280)], 16, 1024) == [(12, 20), (20, 12)]  # on their sides they differ

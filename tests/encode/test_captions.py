@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from work import calls
 
+from encode import abroad
 from encode.captions import Sense, senses, swap
 
 OPPOSITE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
@@ -197,3 +198,47 @@ def test_no_caption_is_slow(unit):
     began = time.process_time()
     swap(caption)
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    "words",
+    [  # one for each pattern that no line of the table needs
+        "みぎ ヒダリ ミギ 오른 우측 좌우 바른쪽 ляво десно дясно",
+        "αριστερά δεξιά أيسر يمين يمنى أيمن راست بائیں دائیں بایاں دایاں",
+        "שמאל ימין ימנית बाएं बाई बांए दाएं दाई दायां डावा उजवा",
+        "वाम ডান বাঁ இடது வலது ఎడమ కుడి ડાબી જમણી ਖੱਬੇ ਸੱਜੇ",
+        "ซ้าย ขวา ឆ្វេង ស្តាំ ဘယ် ညာ მარცხნივ მარჯვნივ ձախ աջ ግራ",
+        "ቀኝ надпись вывеска 時計回り 反時計 顺时针 逆时针 順時針 逆時針 写着 寫著 写有",
+        "寫有 書かれ 書いて 文字 مكتوب 쓰여 쓰인 적혀 적힌 obenlinks",
+        "regs regter izda izq dcha zurdo esquerre dret direita dereita canhoto",
+        "mancino dreapta drept högra venstre høyre højre vinstri hægri",
+        "vasen oikea vasak parem kreisā labā kairė dešinė prawa",
+        "praworęczny naprawo napravo ľavá lijevo desno sağ solda balra",
+        "majtas djathtas ezker eskuin trái phải kiri kirinya kanan",
+        "kanannya kaliwa kushoto kulia chapda backbord tribord",
+        "bâbord estribor babor boreste bombordo horaire antihoraria",
+        "beschriftet schriftzug inschrift inscription iscrizione opschrift landkarte napis",
+    ],
+)
+def test_every_word_of_another_language_is_known_by_itself(words):
+    assert [word for word in words.split() if abroad.found(word) is None] == []
+    for phrase in ("сол жақ", "оң жақ", "по часовой стрелке", "pa labi"):
+        assert abroad.found(phrase) is not None
+
+
+def test_the_politicians_of_the_left_are_no_side_of_the_picture():
+    assert swap("politicians of the left, right and centre") is None
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "only a few left, a dog on the right",
+        "some left, a dog on the right",
+        "a candle left burning, a dog on the right",
+    ],
+)
+def test_what_may_be_a_side_beside_a_sure_one_is_a_doubt(caption):
+    """With one side in the caption, the other word is more often one too."""
+    assert swap(caption) is None
+    assert swap(caption.split(",")[0]) == caption.split(",")[0]

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
@@ -80,3 +81,39 @@ def test_the_command_prints_it(tmp_path):
     assert not (tmp_path / "out").exists()
     done = subprocess.run([*command[:3], "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--[no]dry_run" in done.stdout
+
+
+def test_the_time_is_that_of_the_slower_of_reading_and_encoding():
+    words = estimate._time(3_600, 0.5, 1.0)
+    assert "about 60 min for 3,600 pictures at 1.0 a second, limited by the encoders" in words
+    assert "(reading alone 2.0 a second, encoding alone 1.0)" in words
+    assert "at 0.5 a second, limited by reading the pictures" in estimate._time(3_600, 2.0, 1.0)
+
+
+def test_the_stretch_is_in_percent_of_those_that_are_stretched():
+    config = SimpleNamespace(max_distortion=1.25)
+    entries = [((16, 16), ("a", 100 + number, 100)) for number in range(21)] + [((16, 16), ("b", 900, 90))]
+    words = estimate._stretch(config, entries)
+    assert words == "10.0% in the middle, 19.0% at the 95th of a hundred, 20.0% at most; 1 padded with noise"
+
+
+def test_a_disk_that_is_too_small_and_an_odd_name_are_told(tmp_path):
+    context = SimpleNamespace(out=tmp_path / "new" / "out")
+    assert len(estimate._disk(context, {128: 3}, {128: 1_000.0})) == 1
+    assert estimate._disk(context, {128: 3}, {128: 1e18})[-1].strip() == "which is not enough."
+    row = {"stage": "decode", "reason": "empty", "file": "a\n\x1b[2J.png"}
+    lines = estimate._refused([row] * 12)
+    assert len(lines) == 1 + 10 + 1 and lines[-1].strip() == "and 2 more"
+    assert lines[1].strip() == "a\\x0a\\x1b[2J.png: empty"
+
+
+def test_the_first_batch_and_a_short_one_do_not_count_for_the_speed(tmp_path, monkeypatch):
+    seconds = iter([0.0, 0.0, 0.0, 50.0, 50.0, 51.0, 51.0, 60.0])  # reading; batches of 2, 2 and 1
+    images = fakes.photographs(tmp_path / "in", 5)
+    config = fakes.config(images, tmp_path / "out", batch_size=2, resolutions=(128,), max_buckets=1, max_distortion=9.0)
+    from encode.workers import Workers
+
+    with Workers(config.decode_workers, config.decode_seconds, config.decode_memory) as workers:
+        context, _, jobs = pipeline.begin(config, fakes.encoders(), workers, lambda: False, keep=False)
+        monkeypatch.setattr(estimate, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+        assert estimate._measure(context, jobs)[1] == 0.5

@@ -436,3 +436,11 @@ def test_a_jpeg_whose_rest_is_zeros_is_refused(tmp_path, share):
     path.write_bytes(content)
     with pytest.raises(images.ImageProblem):
         images.decode(path, LIMIT)
+
+
+def test_a_picture_of_just_as_many_pixels_as_are_allowed_is_taken(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    assert images.size(tmp_path / "a.png", 1200) == (40, 30)
+    assert images.decode(tmp_path / "a.png", 1200).shape == (30, 40, 3)
+    with pytest.raises(images.ImageProblem, match=r"too many pixels: 40 x 30, config\.max_pixels is 1199"):
+        images.size(tmp_path / "a.png", 1199)

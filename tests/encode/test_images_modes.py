@@ -604,3 +604,19 @@ def test_the_number_of_a_png_s_colours_overrules_its_profile(tmp_path):
     _near(found["told"], found["wide"], 0)
     _near(found["plain"], fuzz.picture(), 0)
     assert np.abs(found["told"] - found["plain"]).max() > 10
+
+
+def test_a_profile_with_another_curve_is_not_taken_for_srgb(tmp_path, monkeypatch):
+    primaries = (0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410)  # sRGB's own
+    monkeypatch.setitem(colour.PROFILES, 99, (primaries, 2.2))
+    profile = colour.profile.__wrapped__(99)
+    Image.fromarray(np.full((HEIGHT, WIDTH, 3), 16, np.uint8)).save(tmp_path / "a.png", icc_profile=profile)
+    light = (16 / 255) ** 2.2
+    _near(_decode(tmp_path / "a.png"), 255 * 12.92 * light)  # 7.4: half as bright
+    assert 4 < np.abs(_decode(tmp_path / "a.png") - 16).min() < 20
+
+
+def test_fractions_beyond_one_are_no_numbers_of_eight_bits(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.linspace(0, 1.5, HEIGHT * WIDTH, dtype=np.float32).reshape(HEIGHT, WIDTH))
+    with pytest.raises(images.ImageProblem, match=r"floating-point pixels from 0 to 1\.5 have no known range"):
+        images.decode(tmp_path / "a.tif", LIMIT)

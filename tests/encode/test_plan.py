@@ -1,13 +1,16 @@
 """Which picture goes where, as the plan and the finished data set say it: named buckets, padding, small pictures."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from encode import buckets, captions, pipeline, prepare, records
+from encode import buckets, captions, pipeline, plan, prepare, records
 from encode.records import InputError
+from encode.source import Item
 from encode.workers import Workers
 from tests.encode import fakes
 
@@ -178,3 +181,37 @@ def test_a_header_that_kills_its_process_costs_that_picture_only(tmp_path, monke
     assert [row["file"] for row in plan["quarantine"]] == ["p7.png"]
     assert sum(len(job.entries) for job in jobs) == 39
     assert not (tmp_path / "out").exists()
+
+
+def test_only_a_larger_limit_than_any_before_brings_a_picture_back_and_none_that_is_encoded(tmp_path):
+    config = fakes.config(tmp_path, tmp_path)
+    limit = config.decode_seconds
+
+    def again(*limits, encoded=()):
+        rows = [{"file": "a.png", "reason": f"took more than config.decode_seconds={own}"} for own in limits]
+        parts = [{"written": place, "records": [], "quarantine": [row]} for place, row in enumerate(rows)]
+        parts.append({"written": 9, "records": [[name] for name in encoded], "quarantine": []})
+        return plan.retried(config, {"written": 0, "unfit": [], "bytes": {}}, parts, SimpleNamespace(items=[]))
+
+    assert again(limit - 1) == {"a.png"}
+    assert again(limit) == again(limit + 1, limit - 1) == again(limit - 1, encoded=["a.png"]) == set()
+
+
+def test_a_file_is_as_new_as_the_moment_it_was_put_in_its_place(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"a")
+    written = (tmp_path / "a.png").stat().st_ctime_ns
+    os.utime(tmp_path / "a.png", (1_000, 1_000))  # as a copy that keeps the time
+    item = Item("a.png", tmp_path / "a.png", ("a",))
+    assert plan._stamp(item)[0] == 1 and plan._stamp(item)[1] >= written
+
+
+def test_statistics_of_a_tall_picture_that_stands_aside_take_its_mirror_image_from_the_other_side(tmp_path):
+    images = _save(tmp_path / "in", a=(256, 256), tall=(90, 900))
+    _run(images, tmp_path / "out", pad=True, resolutions=(128,), buckets=((128, 128),), max_distortion=1.2)
+    found = _records(tmp_path / "out" / "128")
+    mask = found["tall.png"]["mask"]
+    assert (mask != mask[:, ::-1]).any()
+    values = [found["tall.png"]["latent"][mask == 1], found["tall.png"]["latent_flip"][mask[:, ::-1] == 1]]
+    values += [found["a.png"][name].reshape(-1, values[0].shape[-1]) for name in ("latent", "latent_flip")]
+    mean = np.concatenate(values).astype(np.float64).mean(0)
+    np.testing.assert_allclose(records.load_dataset(tmp_path / "out" / "128")["latent_mean"], mean, rtol=1e-9)

@@ -61,3 +61,19 @@ def test_no_latents_are_an_error():
         stats.merge([])
     with pytest.raises(ValueError, match="not finite"):
         stats.mean_and_std(stats.partial(np.full((2, 2, 1), np.nan)))
+
+
+def test_rounding_makes_no_deviation_of_a_constant_impossible():
+    for value in np.random.default_rng(0).normal(size=50).astype(np.float32):
+        assert stats.mean_and_std(stats.partial(np.full((9, 11, 1), value)))[1] == [stats.FLOOR]
+
+
+def test_a_channel_that_hardly_changes_is_named_as_one_that_never_does():
+    latent = np.stack([np.tile([-5e-5, 5e-5], (4, 2)), np.tile([-1.0, 1.0], (4, 2))], -1)
+    _, std, flat = stats.mean_and_std(stats.partial(latent))
+    assert flat == [0] and std == [stats.FLOOR, 1.0]
+
+
+def test_a_mask_that_covers_nothing_is_told():
+    with pytest.raises(ValueError, match="cover no picture"):
+        stats.mean_and_std(stats.partial(np.ones((4, 4, 2)), np.zeros((4, 4), np.uint8)))

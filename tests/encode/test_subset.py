@@ -522,3 +522,48 @@ def test_damage_in_the_source_is_named(few, tmp_path):
     shard.write_bytes(data)
     with pytest.raises(records.DatasetError, match="array_record-00000"):
         subset.subset(subset.Call(other, tmp_path / "out", 8))
+
+
+def test_the_band_is_sixty_of_a_hundred_pictures_whatever_their_captions():
+    found = _candidates(20)
+    for place in range(8, 20):  # pictures of their own, but with the captions of others
+        found.captions[place] = b"again"
+    choice = selection.choose(found, 3)
+    assert choice.share == 0.6 and choice.limit == sorted(choice.light)[11]
+
+
+def test_the_light_is_measured_in_robust_deviations_from_the_median():
+    rng = np.random.default_rng(0)
+    lights = np.stack([rng.normal(3, 2, 4_001), np.full(4_001, 7.0), rng.normal(0, 5, 4_001)], -1)
+    lights[:40, 0] = 1e4  # burnt pictures move neither
+    lights[40:60, 1] = 8.0  # and a channel that hardly ever differs counts nothing
+    with np.errstate(all="raise"):
+        found = selection.standardised(lights)
+    assert not found[:, 1].any()
+    np.testing.assert_allclose(np.median(found, 0), 0, atol=1e-9)
+    np.testing.assert_allclose(found[40:, [0, 2]].std(0), 1, atol=0.06)
+
+
+def test_of_few_pictures_no_light_is_taken_out_of_the_compositions():
+    rng = np.random.default_rng(0)
+    points, light = rng.normal(size=(29, 6)).astype(np.float16), rng.normal(size=(29, 2))
+    np.testing.assert_array_equal(selection.without_light(points, light), points.astype(np.float32))  # 10 for each of 3
+    points, light = rng.normal(size=(30, 6)).astype(np.float16), rng.normal(size=(30, 2))
+    left = selection.without_light(points, light)
+    np.testing.assert_allclose(light.T @ left, 0, atol=1e-3)
+    np.testing.assert_allclose(left.sum(0), 0, atol=1e-3)
+
+
+def test_of_all_that_are_far_enough_the_one_nearest_the_median_light_is_taken():
+    points = np.array([[0.0], [10.0], [-8.0], [-7.0], [1.0]], np.float32)  # the mean is -0.8
+    light = np.array([0.0, 3.0, 2.0, 1.0, 0.0])
+    chosen, gaps, _ = selection.k_centre(points, light, np.zeros(5, int), [2, 0, 0])
+    assert chosen == [0, 2] and gaps[1] == 8  # at least 7.5 of 10 away; -7 is too near
+
+
+def test_of_pictures_with_as_much_light_the_smaller_name_counts():
+    found = _candidates(6)
+    found.lights[:] = found.lights[0]
+    found.captions[:] = [b"same"] * 6
+    found.ids[:] = ["f", "e", "d", "c", "b", "a"]
+    assert [found.ids[i] for i in selection.choose(found, 1).chosen] == ["a"]

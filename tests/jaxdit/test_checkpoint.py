@@ -13,7 +13,7 @@ import pytest
 
 from encode import records
 from encode.records import InputError
-from jaxdit import checkpoint
+from jaxdit import checkpoint, fits, seal
 
 ROOT = Path(__file__).parents[2]
 
@@ -345,3 +345,37 @@ def test_one_average_in_so_many_steps_is_kept_for_good(tmp_path, monkeypatch):
         saver.wait()
     saver.close()
     assert checkpoint.saved_steps(tmp_path, "ema") == [10, 30, 60, 90, 100]
+
+
+def test_without_a_seal_a_step_is_as_old_as_its_folder_and_one_is_sealed_but_not_its_seal(tmp_path):
+    step = tmp_path / "10"
+    (step / "ema").mkdir(parents=True)
+    (step / "ema" / "array").write_bytes(b"1")
+    os.utime(step, (1_000.0, 1_000.0))
+    assert seal.saved_at(step) == 1_000.0
+    for _ in range(2):
+        seal.put(step)
+        assert list(records.read_json(step / seal.NAME, "")["files"]) == ["ema/array"]
+    assert seal.saved_at(step) > 1_000.0
+    (step / "ema" / "array").unlink()
+    with pytest.raises(ValueError, match="ema/array is missing"):
+        seal.verify(step, ["ema"])
+
+
+def test_another_model_is_told_by_its_names_shapes_and_dtypes(tmp_path):
+    save_all(tmp_path, [10]).close()
+    state, average = state_of(0.0)
+    folder = tmp_path / "checkpoints" / "10"
+    fits.check(folder / "ema", average)
+    fits.check(folder / "state", {"params": state["params"]}, whole=False)  # the moments are not asked for
+    half = {"blocks": {"kernel": average["blocks"]["kernel"].astype(jnp.bfloat16)}}
+    with pytest.raises(
+        InputError, match=r"blocks.kernel has shape \[3, 4\] \(float32\).*asks for \[3, 4\] \(bfloat16\)"
+    ):
+        fits.check(folder / "ema", half)
+    with pytest.raises(InputError, match=r"the array blocks\.bias is missing"):
+        fits.check(folder / "ema", {"blocks": average["blocks"] | {"bias": jnp.zeros(4)}})
+    with pytest.raises(InputError, match=r"the array blocks\.kernel is one too many"):
+        fits.check(folder / "ema", {"blocks": {}, "other": jnp.zeros(4)})
+    with pytest.raises(InputError, match=r"the array params\.blocks\.kernel is one too many"):
+        fits.check(folder / "state", {"params": {"other": jnp.zeros(4)}}, whole=False)

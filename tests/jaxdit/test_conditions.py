@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encode import demo_encoders, encoders
+from encode import demo_encoders, encoders, records
 from encode.records import InputError, load_dataset
 from jaxdit import conditions, data, wishes
 
@@ -244,3 +244,56 @@ def test_an_image_of_the_data_set_is_found_by_its_name(tmp_path, monkeypatch):
     told[0]["data"]["path"] = str(tmp_path / "gone")
     given, problems = encode(told, [{"reference": name}], tmp_path / "cache")
     assert given == [None] and "cannot be asked" in problems[0]
+
+
+def test_tokens_are_rounded_as_in_the_records(told, tmp_path):
+    given, _ = encode(told, [{"prompt": "a cat"}], None)
+    tokens = demo_encoders.DemoText(6).encode(["a cat"])[0]
+    exact = tokens.astype(records.DTYPES["bfloat16"]).astype(np.float32)
+    np.testing.assert_array_equal(given[0].text, exact)
+    assert given[0].text.dtype == np.float32 and (exact != tokens).any()
+
+
+def test_more_sentences_than_go_at_once_are_all_encoded(told, tmp_path, monkeypatch):
+    monkeypatch.setattr(conditions, "TEXTS", 2)
+    given, problems = encode(told, [{"prompt": f"cat {number}"} for number in range(5)], None)
+    assert not problems and len(given) == 5 and all(found.text is not None for found in given)
+
+
+def test_a_picture_to_start_from_is_kept_for_each_size(told, picture, tmp_path):
+    for size in ("32x48", "64x32"):
+        (given,), _ = encode(told, [{"prompt": "a", "init": str(picture[0]), "size": size}], tmp_path / "cache")
+        width, height = map(int, size.split("x"))
+        assert given.init.shape[:2] == (height // 8, width // 8)
+
+
+def test_vectors_of_an_encoder_that_nobody_knows_are_not_kept(told, picture, tmp_path, counted):
+    asked, _ = counted
+    told[1]["fingerprint"]["vision"] = conditions.PRECOMPUTED
+    for _ in range(2):
+        encode(told, [{"reference": str(picture[0])}], tmp_path / "cache")
+    assert len(asked["vision"]) == 2  # another encoder may stand there tomorrow
+
+
+def test_a_vector_lies_flat_or_in_one_row_and_an_encoder_says_all_of_itself(told, picture, tmp_path):
+    np.save(tmp_path / "square.npy", np.zeros((4, 4)))
+    given, (problem,) = encode(told, [{"reference": str(tmp_path / "square.npy")}], None)
+    assert given == [None] and "an array [4, 4] of float64; the model takes a vector of 16 numbers" in problem
+    told[1]["fingerprint"]["vae"].popitem()
+    with pytest.raises(InputError, match=r"the vae encoder found here is not the one"):
+        encode(told, [{"prompt": "a", "init": str(picture[0])}], None)
+
+
+def test_what_a_process_writes_adds_up_in_its_cache(tmp_path):
+    conditions.Cache(tmp_path).put("first", a=np.zeros(1000, np.uint8))
+    one = sizes(tmp_path)["first.npz"]
+    cache = conditions.Cache(tmp_path, room=5 * one)
+    for number in range(12):
+        cache.put(f"k{number}", a=np.zeros(1000, np.uint8))
+    assert sum(sizes(tmp_path).values()) <= 5 * one
+
+
+def test_names_are_found_behind_the_first_64_of_a_bucket(tmp_path):
+    make_data.dataset(tmp_path / "64", {"32x32": 70})
+    found = conditions.find_ids(data.Dataset(tmp_path / "64"), conditions.Cache(None))
+    assert sorted(found.values()) == [("32x32", row) for row in range(70)]

@@ -221,3 +221,43 @@ def test_what_was_measured_on_a_card_is_taken_in_place_of_the_assumed_share():
 
 def test_speed_is_the_assumed_share_of_the_peak():
     assert estimate.images_per_second(10e12, 165e12) == pytest.approx(165 / 10 * estimate.UTILISATION)
+
+
+def test_an_h200_reaches_what_an_h100_does():
+    assert estimate.utilisation("NVIDIA H200") == estimate.utilisation("NVIDIA H100 80GB HBM3") < estimate.UTILISATION
+
+
+def test_tokens_of_a_bucket_that_is_no_square():
+    assert estimate.tokens({"patch": 2}, (26, 38, 16)) == 13 * 19
+
+
+def test_the_batch_is_there_twice_and_its_text_in_bfloat16():
+    parts = estimate.memory(SETTINGS, 10**6, 3, (8, 6, 16), 32, remat="block")
+    image = 4 * 8 * 6 * 16 + 4 * SETTINGS["vision_width"] + 4  # latent, vision, t
+    assert parts["batch"] == 2 * 3 * (image + 2 * 32 * SETTINGS["text_width"])
+
+
+def test_muons_three_copies_share_the_room_of_the_activations_and_its_moments_are_never_fewer_than_one():
+    width, kernels = SETTINGS["width"], 4 * SETTINGS["layers"] * estimate.KERNELS * SETTINGS["width"] ** 2
+    few = estimate.memory(SETTINGS, 1_000, 1, (2, 2, 16), 1, remat="block", optimizer="muon")  # cut over many devices
+    assert few["moments"] == 4 * 1_000 and width > 1
+    small, large = (
+        estimate.memory(SETTINGS, kernels, count, (64, 64, 16), 1, remat="block", optimizer="muon") for count in (1, 64)
+    )
+    assert small["gradients"] == 4 * kernels + max(0, 3 * kernels - small["activations"])
+    assert large["activations"] > 3 * kernels and large["gradients"] == 4 * kernels
+
+
+def test_bfloat16_halves_the_kernels_as_they_are_multiplied_and_what_is_not_float32_of_a_layer():
+    half, whole = ({**SETTINGS, "dtype": dtype, "scan_unroll": 1} for dtype in ("bfloat16", "float32"))
+    for settings in (half, whole):
+        apart = settings | {"scan_unroll": settings["layers"]}
+        more = [estimate.memory(s, 10**6, 1, (16, 16, 16), 16, remat="block")["activations"] for s in (apart, settings)]
+        assert more[0] - more[1] == (2 if settings is half else 4) * 10**6
+    n, l, d = 64, 16, SETTINGS["width"]
+    differing = estimate._in_layer(whole, (16, 16, 16), l) - estimate._in_layer(half, (16, 16, 16), l)
+    assert differing == 2 * (35 * n * d + 2 * l * d)
+
+
+def test_where_nothing_is_computed_again_the_choice_is_off_or_block():
+    assert [estimate.choices({"remat": remat})[0] for remat in ("off", "none", "block")] == ["off", "none", "none"]

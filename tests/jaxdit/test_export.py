@@ -116,10 +116,20 @@ for name, given in dict(
     pipeline(**given, **options).images[0].save({str(tmp_path)!r} + f"/{{name}}.png")
 sys.argv = ["pipeline.py", "--prompt={PROMPT}", "--steps=1", "--count=2", "--reference={reference}", "--out={tmp_path}/cli"]
 runpy.run_path("pipeline.py", run_name="__main__")
+sys.argv[1:4] = ["--prompt=another", "--steps=1", "--count=1"]
+runpy.run_path("pipeline.py", run_name="__main__")
+for wrong in ("--steps=0", "--guidance_text=nan", "--size=0x0", "--seed=-1"):
+    sys.argv[2:] = [wrong, "--out={tmp_path}/cli"]
+    try:
+        runpy.run_path("pipeline.py", run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 2
 print(sorted(name for name in ("jax", "jaxdit", "encode") if sys.modules.get(name) is not None))
 """)  # fmt: skip
     assert said.splitlines()[-1] == "[]"
-    assert [path.name for path in sorted((tmp_path / "cli").glob("*.png"))] == ["0.png", "1.png"]
+    assert [path.name for path in sorted((tmp_path / "cli").glob("*.png"))] == ["0-2.png", "0.png", "1.png"]
+    told = [Image.open(tmp_path / "cli" / name).text["prompt"] for name in ("0.png", "0-2.png")]
+    assert told == [PROMPT, "another"]
     words = [sys.executable, "-m", "jaxdit.sample", f"--workdir={imported}", f"--out={tmp_path / 'ours'}", "--cache="]
     words += ["--steps=3", "--solver=euler", f"--prompts={tmp_path / 'list.jsonl'}"]
     row = {"prompt": PROMPT, "seed": SEED, "size": "{}x{}".format(*SIZE)}

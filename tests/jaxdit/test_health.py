@@ -476,3 +476,68 @@ def test_the_readme_explains_every_verdict():
     section = README.read_text().split("## Is the run well?")[1].split("\n## ")[0]
     explained = [line.split("|")[1].strip().strip("`") for line in section.splitlines() if line.startswith("| `")]
     assert explained == list(health.VERDICTS)
+
+
+def test_the_way_back_is_a_step_before_the_trouble_began_and_not_the_one_where_it_did():
+    columns = sound(20, rows=220, noise=0.2)
+    trouble_diverged(columns, 180, np.random.default_rng(1))
+    rows = rows_of(columns)
+    since = health.judge(rows).since
+    assert f"restore=WORKDIR@{since - 1}" in health.judge(rows, saved=(since - 1, since)).words
+    assert f"init_from=WORKDIR@{since - 1}" in health.judge(rows, saved=(since,), averages=(since - 1, since)).words
+    assert "start again" in health.judge(rows, saved=(since,), averages=(since,)).words
+
+
+def test_data_of_half_the_size_are_other_data_too():
+    columns = sound(20, rows=220, noise=0.2)
+    columns["target_rms"][180:] *= 0.5
+    columns["loss"][180:] *= 0.25
+    assert "data changed" in names(rows_of(columns), 181)[:8]
+
+
+def test_three_huge_spikes_are_unstable_and_many_are_so_no_longer_than_they_last():
+    columns = sound(7, noise=0.2)
+    columns["grad_norm"][[200, 212, 224]] = 200 * np.median(columns["grad_norm"][100:200])
+    assert health.judge(rows_of(columns)[:226]).name == "unstable"
+    assert health.judge(rows_of(columns)[:290]).name in ("sound", "hairy")  # 64 rows later: it has come back
+
+
+def memory_of(held_out, training):
+    """The verdict on a sound run whose evaluations, every 25 rows, end with these."""
+    columns = sound(18, rows=300, noise=0.1)
+    for split, values in (("held_out", held_out), ("training", training)):
+        column = columns[f"eval/{split}/ema/text_vision"]
+        known = np.flatnonzero(np.isfinite(column))
+        column[known[: -len(values)]] = 1.0
+        column[known[-len(values) :]] = values
+    columns["eval/held_out/raw/text_vision"][:] = np.nan
+    return health.judge(rows_of(columns)).name
+
+
+def test_what_is_learnt_by_heart_gets_worse_on_held_out_images_for_long_and_further_from_the_training_images():
+    falling = [0.8, 0.75, 0.7, 0.65, 0.6]
+    assert memory_of([0.8, 0.85, 0.9, 0.95, 1.0], falling) == "memorising"
+    assert memory_of([0.8, 1.0, 0.95, 0.9, 0.85], falling) != "memorising"  # it comes down again
+    assert memory_of([0.95, 0.9, 0.8, 0.85, 0.9], falling) != "memorising"  # twice is too soon to tell
+
+
+def test_an_average_that_catches_up_is_not_behind():
+    def verdict(behind, distance=(0.1, 0.2)):
+        columns = sound(5, rows=330, noise=0.1)
+        raw = columns["eval/held_out/raw/text_vision"]
+        known = np.flatnonzero(np.isfinite(raw))[-len(behind) :]
+        columns["eval/held_out/ema/text_vision"][known] = raw[known] * behind
+        columns["eval/training/ema/text_vision"][known] = columns["eval/held_out/ema/text_vision"][known]
+        columns["ema_distance"] = np.linspace(*distance, len(raw))
+        return health.judge(rows_of(columns)).name
+
+    assert verdict([1.2, 1.2, 1.2, 1.2, 1.2]) == "average behind"
+    assert verdict([1.3, 1.25, 1.2, 1.15, 1.1]) != "average behind"  # the gap closes
+    assert verdict([1.2, 1.2, 1.2, 1.2, 1.2], (0.2, 0.1)) != "average behind"  # the weights come nearer
+
+
+def test_of_a_spike_that_came_back_it_is_said_and_of_one_that_stays_it_is_not():
+    columns = sound(7, noise=0.1)
+    columns["grad_norm"][200] = 100 * np.median(columns["grad_norm"][100:200])
+    assert "it has come back" not in health.judge(rows_of(columns)[:201]).words
+    assert "it has come back" in health.judge(rows_of(columns)[:203]).words

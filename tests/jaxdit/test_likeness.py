@@ -132,3 +132,64 @@ def test_forbidden_partners_are_not_taken():
     groups = np.array([0, 0, 1, 1, 2, 2])
     partner = likeness.far_apart(features, groups[:, None] == groups)
     assert (groups[partner] != groups).all()
+
+
+def test_light_knows_the_contrast_and_the_mean_of_each_channel():
+    from encode.demo_encoders import oklab
+
+    flat, wide = np.full((8, 8, 3), 128, np.uint8), np.full((8, 8, 3), 128, np.uint8)
+    wide[::2], wide[1::2] = 90, 166
+    assert likeness.light(flat)[3:].max() < 1e-6 < 0.05 < likeness.light(wide)[3]
+    colours = oklab(picture().reshape(-1, 3))
+    np.testing.assert_allclose(likeness.light(picture()), [*colours.mean(0), *colours.std(0)])
+
+
+def test_what_is_all_of_one_value_is_compared_without_a_division_by_nothing():
+    flat = np.full((64, 64, 3), 128, np.uint8)
+    with np.errstate(all="raise"):
+        assert not likeness.content(np.full((4, 4, 2), 0.5)).any()
+        assert not likeness.composition(flat).any()
+        assert likeness.to_own(np.zeros((2, 2)), [0, 1])[0].max() == 0
+        assert likeness.ratio(np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 3))).max() == 0
+        assert likeness.psnr(flat, flat) == pytest.approx(100)
+        assert not likeness.moved(np.ones((2, 3)), np.zeros((2, 3)), np.ones((2, 3)), np.ones((2, 3))).any()
+
+
+def test_near_rows_of_half_precision_have_a_distance_and_equal_ones_none():
+    rows = (1000 + np.arange(40.0)[:, None] * [0.0, 1.0, 2.0]).astype(np.float16)
+    found = likeness.distances(rows, rows)
+    np.testing.assert_allclose(found, cdist(rows.astype(float), rows.astype(float)), atol=1e-3)
+    noise = np.random.default_rng(0).normal(size=(200, 64))
+    assert np.isfinite(likeness.distances(noise, noise)).all()
+
+
+def test_the_ratio_is_that_of_the_ways_from_what_was_drawn():
+    drawn, wanted, other = np.array([[0.0, 0], [0, 0]]), np.array([[3.0, 4], [1, 0]]), np.array([[0, 10.0], [-2, 0]])
+    np.testing.assert_allclose(likeness.ratio(drawn, wanted, other), [5 / 10, 1 / 2])
+
+
+def test_the_interval_holds_95_and_the_control_is_above_95_of_a_hundred():
+    values = np.random.default_rng(1).normal(0.3, 1, 400)
+    _, low, high = likeness.interval(values)
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.06)  # of 90%: 1.645
+    rng = np.random.default_rng(0)
+    start, goal = rng.normal(size=(2, 40, 6))
+    shuffled = [likeness.moved(start, goal, start, goal[rng.permutation(40)]).mean() for _ in range(2000)]
+    share = np.mean(np.array(shuffled) < likeness.control(start, goal, start, goal))
+    assert 0.92 < share < 0.98
+
+
+def test_a_forbidden_pair_is_worse_than_any_other_way_out():
+    features = np.array([[0.0], [0.1], [100.0], [100.1]])
+    forbidden = np.zeros((4, 4), bool)
+    for one, other in ((0, 2), (0, 3), (1, 3)):  # 1 and 2 alone are far apart, which would leave 0 and 3 to themselves
+        forbidden[one, other] = forbidden[other, one] = True
+    assert likeness.far_apart(features, forbidden).tolist() == [1, 0, 3, 2]
+
+
+def test_luminance_is_between_0_and_1_with_light_and_without():
+    step = np.zeros((64, 64, 3), np.uint8)
+    step[:4, :4] = 255
+    for light in (True, False):
+        found = likeness.structure(step, light=light)
+        assert found.min() >= 0 and found.max() == 1

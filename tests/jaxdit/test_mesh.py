@@ -305,3 +305,16 @@ def test_what_was_written_before_kinds_were_told_is_compared_without_them():
     assert mesh.describe(one) == "1 x cpu" and mesh.describe(one, like="8 x cpu (data 1 x fsdp 8)") == "1 x cpu"
     assert mesh.describe(one, like="1 device") == "1 device"
     assert mesh.describe(one, like="2 devices (data 1 x fsdp 2)") == "1 device"
+
+
+def test_the_cpu_may_be_asked_for_before_others_and_was_no_card_before(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu,cuda")
+    mesh.refuse_lost_card("8 x NVIDIA H100 (data 1 x fsdp 8)")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    mesh.refuse_lost_card("4 x cpu (data 4 x fsdp 1)")
+
+
+def test_nothing_for_the_rest_is_a_sentence_and_no_division(tmp_path):
+    with pytest.raises(InputError, match=r"mesh.data=-1 and mesh.fsdp=0 do not make up 8 devices"):
+        mesh.sizes(-1, 0, 8)
+    assert mesh.sizes(-1, 2, 8) == (4, 2) and mesh.sizes(4, -1, 8) == (4, 2)

@@ -270,3 +270,58 @@ def test_another_failure_of_the_device_is_not_swallowed(monkeypatch):
     monkeypatch.setattr(measure, "_measure", run)
     with pytest.raises(jax.errors.JaxRuntimeError):
         plan.plan(tiny(), "configs/quickstart.py", resolution=128, real=True)
+
+
+def test_samples_and_passes_a_day_follow_from_the_speed_and_the_peak_from_its_share():
+    assert forecast._speed(2.5, 1_000) == ["2.5", "216,000", "216"]
+    config = full.get_config("256")
+    config.data.text_lengths = config.data.text_lengths[-1:]
+    given = plan.read_stages(config, f"{FULL}:256", None)[0]
+    device = plan.look_at("H100", 72, config, False)
+    settings, bucket = forecast.settings_for(given, device), given.buckets[0]
+    flops = estimate.training_flops(settings, bucket.latent, bucket.text)
+    found = {one.name: measure.Measured(0.25 * device.peak / flops, 10**9, 20) for one in given.buckets}
+    text = forecast.screen([given], given, device, 60.0, found)
+    assert rows_of(text, "Buckets")[bucket.name][-2] == "25%"
+    text = forecast.screen([given], given, device, 60.0, {})
+    hardware = forecast._hardware(config, settings, bucket, device)
+    rate = estimate.images_per_second(hardware, device.peak, estimate.utilisation("H100"))
+    assert float(rows_of(text, "Buckets")[bucket.name][4 + 1]) == pytest.approx(rate, rel=0.01)
+
+
+def test_what_was_measured_of_one_bucket_tells_the_time_of_the_others_and_of_the_next_stage():
+    config = full.get_config("256")
+    stages = plan.read_stages(config, f"{FULL}:256", None)
+    given, device = stages[0], plan.look_at("RTX 4090", 24, config, False)
+    settings = forecast.settings_for(given, device)
+    first, *others = given.buckets
+
+    def days(measured):
+        rows = rows_of(forecast.screen(stages, given, device, 60.0, measured), "Stages")
+        return [float(rows[f"{FULL}:{size}"][5]) for size in (256, 512)]
+
+    rate = forecast._rate(config, settings, first, device)
+    lost = {bucket.name: measure.Measured(problem="out of memory") for bucket in others}
+    assert days(lost | {first.name: measure.Measured(rate, 1, 20)}) == pytest.approx(days({}), rel=0.01)
+    twice = days(lost | {first.name: measure.Measured(2 * rate, 1, 20)})
+    assert twice == pytest.approx([day / 2 for day in days({})], rel=0.01)
+    # One that goes slower than the rest of them is taken as it is.
+    slow = {b.name: measure.Measured(forecast._rate(config, settings, b, device), 1, 20) for b in given.buckets}
+    slow[first.name] = measure.Measured(rate / 3, 1, 20)
+    images = sum(b.images for b in given.buckets)
+    seconds = sum(b.images / slow[b.name].rate for b in given.buckets) / images
+    assert days(slow)[0] == pytest.approx(
+        config.train.total_steps * config.train.batch_size * seconds / 86_400, rel=0.01
+    )
+
+
+def test_float32_on_a_card_has_no_cudnn_and_every_bucket_must_fit():
+    config = full.get_config("256")
+    config.model.dtype = "float32"
+    given = plan.read_stages(config, f"{FULL}:256", None)[0]
+    device = plan.look_at("RTX 4090", 24, config, False)
+    settings = forecast.settings_for(given, device)
+    assert (settings["dtype"], settings["attention"]) == ("float32", "xla")
+    text = forecast.screen([given], given, device, 60.0, {})
+    largest = [int(row[8]) for row in rows_of(text, "Buckets").values()]
+    assert len(set(largest)) > 1 and int(text.split("at most ")[1].split()[0]) <= min(largest)

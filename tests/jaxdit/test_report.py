@@ -412,3 +412,50 @@ def test_the_command_writes_the_page_with_samples_and_the_encoded_data(tmp_path)
     (frame,) = [attributes for tag, attributes in tags if tag == "iframe"]
     assert frame["srcdoc"] == (tmp_path / "encoded.html").read_text()
     assert "a &lt;cat&gt; — in the light of x.png" in (tmp_path / "index.html").read_text()
+
+
+def test_the_images_are_those_that_are_not_held_out_or_what_the_passes_say(tmp_path):
+    row = {"step": 10, "loss": 1.0, "samples_seen": 9_000}
+    run = standing.look(folder(tmp_path / "a", [row], data={"path": "", "holdout_fraction": 0.25}))
+    assert run.images == 75_000 and run.passes == pytest.approx(9_000 / 75_000)
+    run = standing.look(folder(tmp_path / "b", [row | {"passes": 2.0}]))
+    assert run.images == 4_500
+
+
+def test_what_a_leg_lost_is_no_part_of_the_pace(tmp_path):
+    rows = [{"step": k, "loss": 1.0, "seconds": 10.0 * k, "seconds_before": 0.0} for k in range(1, 21)]
+    rows += [{"step": k, "loss": 1.0, "seconds": 10.0 * k + 5_000, "seconds_before": 5_200.0} for k in range(21, 41)]
+    run = standing.look(folder(tmp_path / "run", rows, train={"total_steps": 100, "batch_size": 4}))
+    assert run.rate == pytest.approx(4 / 10)
+
+
+def test_a_run_of_slow_rows_is_not_stale_before_ten_of_them(tmp_path):
+    rows = [{"step": k, "loss": 1.0, "seconds": 600.0 * k} for k in range(1, 21)]
+    workdir = folder(tmp_path / "run", rows)
+    for minutes, stale in ((31, False), (99, False), (101, True)):
+        then = time.time() - 60 * minutes
+        os.utime(workdir / "metrics.jsonl", (then, then))
+        assert standing.look(workdir).stale == stale
+
+
+def test_a_voided_update_among_others_of_its_row_is_counted_with_its_step(tmp_path):
+    rows = [{"step": k, "loss": 1.0, "voided_in_row": int(k == 3)} for k in range(1, 6)]
+    rows[3]["loss"] = None
+    assert standing.look(folder(tmp_path / "run", rows)).voided_steps.tolist() == [3, 4]
+
+
+def test_one_can_go_on_only_from_a_step_with_its_place_in_the_data(tmp_path):
+    workdir = folder(tmp_path / "run", [{"step": 40, "loss": 1.0}])
+    for step, items in ((10, ("ema", "state", "data")), (20, ("ema", "state")), (30, ("ema", "data")), (40, ("ema",))):
+        checkpoint(workdir, step, *items)
+    assert standing.look(workdir).resumable == [10]
+
+
+def test_the_advice_names_a_step_that_can_be_gone_back_to(tmp_path):
+    rows = [{"step": k, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4} for k in range(1, 400)]
+    for row in rows[-40:]:
+        row["grad_norm"] = 300.0
+    workdir = folder(tmp_path / "run", rows)
+    checkpoint(workdir, 200, "ema", "state", "data")
+    checkpoint(workdir, 300, "ema")
+    assert "--config.train.restore=WORKDIR@200" in standing.look(workdir).verdict.words

@@ -1,4 +1,5 @@
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -110,3 +111,61 @@ def test_no_command_loads_torch_before_it_needs_it():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_decay_of_the_average_rises_no_higher_than_is_asked_for(tmp_path):
+    lines, _ = screen(tmp_path, **{"optim.ema_decay": 0.5, "train.total_steps": 100_000})
+    assert any("rises to 0.50000 at the end: they average over about the last 2 updates" in line for line in lines)
+
+
+def test_an_epoch_is_counted_in_steps_and_no_more_images_are_judged_than_there_are(tmp_path):
+    options = {"data.holdout_fraction": 0.3, "train.eval_every": 5}
+    lines, _ = screen(tmp_path, **options, **{"train.eval_images": 4})
+    dataset = data.Dataset(tmp_path / "64", holdout_fraction=0.3)
+    images, held_out = sum(map(len, dataset.train.values())), sum(map(len, dataset.held_out.values()))
+    assert any(
+        f"{images:,} samples, {images / 4:,.1f} steps; each" in line for line in lines
+    )  # of 4, in micro-batches of 2
+    assert any(f"judged on {min(held_out, 4)} held-out images every 5 steps" in line for line in lines)
+    lines, _ = screen(tmp_path, **options, **{"train.eval_images": 1_000})
+    assert any(f"judged on {held_out} held-out images" in line for line in lines)
+
+
+def test_a_bucket_of_just_one_micro_batch_repeats_nothing(tmp_path):
+    lines, _ = screen(tmp_path, buckets={"64x64": 9, "48x80": 2})
+    assert not any("repeat within one" in line for line in lines)
+
+
+def test_the_estimate_is_of_the_largest_bucket_the_longest_text_and_the_optimizer(tmp_path):
+    def needed(name, buckets, text_lengths=(16,), optimizer="adamw"):
+        make_data.dataset(tmp_path / name, buckets)
+        config = tiny(tmp_path / name, **{"optim.name": optimizer, "data.text_lengths": text_lengths})
+        dataset = data.Dataset(tmp_path / name, text_lengths=text_lengths)
+        settings = trained.model_settings(config.model, dataset.info["widths"])
+        return startup.worst(config, dataset, settings, model.abstract(settings)[1])
+
+    large = needed("a", {"128x128": 2})
+    assert needed("b", {"64x64": 9, "128x128": 2}) == needed("c", {"128x128": 2, "64x64": 9}) == large
+    assert needed("d", {"128x128": 2}, (16, 48)) == needed("e", {"128x128": 2}, (48,)) != large
+    assert needed("f", {"128x128": 2}, optimizer="muon")["moments"] < large["moments"]
+
+
+def test_what_is_saved_already_counts_as_room_for_checkpoints(tmp_path, monkeypatch, caplog):
+    make_data.dataset(tmp_path / "64", {"64x64": 4})
+    config, dataset = tiny(tmp_path / "64"), data.Dataset(tmp_path / "64")
+    settings = trained.model_settings(config.model, dataset.info["widths"])
+    shapes = model.abstract(settings)[1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+    for written, warned in ((startup.disk(config, shapes), False), (startup.disk(config, shapes) - 1, True)):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / "array").write_bytes(bytes(written))
+        caplog.clear()
+        startup.announce(config, dataset, settings, shapes, {}, tmp_path, mesh.make_mesh())
+        assert ("Disk: the checkpoints of the whole run take" in caplog.text) == warned
+
+
+def test_only_the_steps_that_are_left_take_time(tmp_path):
+    config = tiny(tmp_path, **{"train.total_steps": 1000, "train.batch_size": 36, "metrics.watts": 500.0})
+    assert "in 30 min 00 s (" in startup.remaining(config, step=500, rate=10.0)
+    assert "0.2 kWh" in startup.remaining(config, step=500, rate=10.0)

@@ -113,3 +113,48 @@ def test_flags_are_paired():
     assert [fields["reference"] for _, fields in mixed] == [["x", "y"]] * 2
     with pytest.raises(InputError, match="not UTF-8"):
         wishes.pair_up(["caf\udce9"], [], None)
+
+
+def test_of_two_buckets_as_near_the_larger_is_taken():
+    shapes = wishes.Shapes(16, {"96x96": 3, "128x128": 2, "64x64": 9})
+    assert shapes.nearest(1.0) == (128, 128) and shapes.usual() == (64, 64)
+
+
+def test_the_exact_size_of_an_aspect_is_on_the_grid_rounded_up_and_down_and_never_nothing(capsys):
+    one({"aspect": "16:10"})
+    assert "size=176x112 would be nearer" in capsys.readouterr().out  # 160.6 x 100.4 pixels: both up
+    one({"aspect": "9999:1"})
+    assert "size=12704x16 would be nearer" in capsys.readouterr().out
+
+
+def test_the_last_seed_of_all_can_be_drawn():
+    assert one({"seed": 2**32 - 1})[0].seed == 2**32 - 1
+    assert [wish.seed for wish in one({"seed": 2**32 - 2, "count": 2})] == [2**32 - 2, 2**32 - 1]
+
+
+def test_a_picture_to_start_from_leaves_six_tenths_to_the_noise_unless_told():
+    assert one({"init": "a.png"})[0].strength == wishes.STRENGTH == 0.6
+    assert one({})[0].strength == 1.0
+
+
+def test_a_weight_below_nothing_is_refused_though_both_make_a_sum():
+    with pytest.raises(InputError, match="from 0 up"):
+        one({"reference": ["a", "b"], "mix": [3, -1]})
+
+
+def test_a_list_of_notepads_with_its_mark_and_a_name_in_capitals_is_read(tmp_path):
+    (tmp_path / "list.TXT").write_bytes(b"\xef\xbb\xbfa cat\r\na dog\r\n")
+    assert [fields for _, fields in wishes.read_list(tmp_path / "list.TXT")[0]] == [
+        {"prompt": "a cat"},
+        {"prompt": "a dog"},
+    ]
+    (tmp_path / "list.JSONL").write_text('{"prompt": "a cat"}\n')
+    assert [fields for _, fields in wishes.read_list(tmp_path / "list.JSONL")[0]] == [{"prompt": "a cat"}]
+
+
+def test_a_grid_has_no_rows_or_columns_for_a_condition_that_is_not_there():
+    asked = [*one({"prompt": "a"}), *one({"reference": "b.png"}), *one({"prompt": "a", "reference": "b.png"})]
+    cells, tables = wishes.grids(asked, [1.0, 2.0], [4.0, 5.0])
+    assert tables == [[[0], [1]], [[2, 3]], [[4, 5], [6, 7]]]
+    weights = [(cell.text, cell.vision) for cell in cells]
+    assert weights == [(1, 1.5), (2, 1.5), (3, 4), (3, 5), (1, 4), (1, 5), (2, 4), (2, 5)]
