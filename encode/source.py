@@ -161,10 +161,7 @@ def _relative(images: Path, source: str, name: str) -> str:
     """A row's file_name as an id; it may not lead out of the image folder."""
     if name.startswith("/"):
         whole = os.path.normpath(name)
-        roots = (
-            os.path.normpath(images.absolute()),
-            os.path.realpath(images),
-        )  # rows may name the folder or what a link means
+        roots = os.path.normpath(images.absolute()), os.path.realpath(images)  # as it is named, and what a link means
         relative = next((whole[len(root) + 1 :] for root in roots if whole.startswith(root + "/")), None)
     else:
         relative = None if "\0" in name else os.path.normpath(os.path.join(os.path.dirname(source), name))
