@@ -98,6 +98,12 @@ def open_data(config: Mapping[str, Any], described: Mapping[str, Any], path: str
     dataset = data.Dataset(
         where, holdout_fraction=options["holdout_fraction"], normalize_vision=options["normalize_vision"]
     )
+    own = described.get("own", described)  # of data that have grown
+    if (dataset.info["count"], dataset.info["latent_mean"]) != (described["count"], own["latent_mean"]):
+        logging.warning(
+            "%s is not the data set of the training as it is known (%d images here, %d there): what was not learnt cannot be "
+            "remembered.", dataset.path, dataset.info["count"], described["count"],
+        )  # fmt: skip
     dataset.describe(dataset.info | {name: described[name] for name in ("latent_mean", "latent_std")})
     return dataset
 
