@@ -99,7 +99,7 @@ def open_data(config: Mapping[str, Any], described: Mapping[str, Any], path: str
         where, holdout_fraction=options["holdout_fraction"], normalize_vision=options["normalize_vision"]
     )
     own = described.get("own", described)  # of data that have grown
-    if (dataset.info["count"], dataset.info["latent_mean"]) != (described["count"], own["latent_mean"]):
+    if path and (dataset.info["count"], dataset.info["latent_mean"]) != (described["count"], own["latent_mean"]):
         logging.warning(
             "%s is not the data set of the training as it is known (%d images here, %d there): what was not learnt cannot be "
             "remembered.", dataset.path, dataset.info["count"], described["count"],

@@ -18,7 +18,7 @@ def test_data_that_were_not_trained_on_are_told(tmp_path, caplog):
     info, other = (records.load_dataset(tmp_path / name) for name in ("own", "other"))
     grown = other | {"own": {name: info[name] for name in ("latent_mean", "latent_std")}}
     for described in (info, grown):
-        exhibits.open_data(config, described, None)
+        exhibits.open_data(config, described, tmp_path / "own")
         assert "is not the data set of the training" not in caplog.text
     found = exhibits.open_data(config, info, tmp_path / "other")
     assert "other is not the data set of the training as it is known (4 images here, 4 there)" in caplog.text
