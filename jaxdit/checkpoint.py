@@ -195,6 +195,8 @@ class Checkpoints:
         damaged: list[int] = []
         for step in reversed(steps):
             fits.check(self.folder / str(step) / "state", state)
+            if processes.first():
+                logging.info("Reading step %d and comparing it with its seal: half a second for each GB.", step)
             try:
                 found = processes.jointly(functools.partial(read_step, self.folder / str(step), state, ema))
             except Exception as error:  # whatever the damage is, the step before may be whole

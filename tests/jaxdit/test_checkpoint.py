@@ -254,7 +254,7 @@ def test_nothing_saved_is_said(tmp_path):
         checkpoint.restore_weights(tmp_path, state_of(0.0)[1])
 
 
-def _flip_a_bit(folder, seed=0):
+def _flip_a_bit(folder):
     file = max((file for file in folder.rglob("d/*") if file.is_file()), key=lambda file: file.stat().st_size)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
