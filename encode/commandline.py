@@ -10,11 +10,12 @@ import errno
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EAC
 
 _asked_to_stop = threading.Event()
 STOPPED = 3  # exit code of what a signal ended, with everything kept that was made
+
+
+def command(module: str, words: Sequence[str]) -> str:
+    """What a shell takes, in the folder of this code, to run one of our modules with the Python that runs this one."""
+    python, root = Path(sys.executable), Path(__file__).parents[1]
+    name = python.relative_to(root) if python.is_relative_to(root) else "python"
+    return shlex.join([str(name), "-m", module, *words])
 
 
 def run(main: Callable[..., int], *, config: str | None = None, interrupted: bool = False) -> None:

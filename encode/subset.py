@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import shlex
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +54,7 @@ class Call:
     def command(self) -> str:
         """The same call on the command line."""
         given = {"data": self.data, "count": self.count, "out": self.out, "size": self.size, "images": self.images}
-        return shlex.join(["python", "-m", "encode.subset", *(f"--{name}={v}" for name, v in given.items() if v)])
+        return commandline.command("encode.subset", [f"--{name}={v}" for name, v in given.items() if v])
 
 
 def subset(call: Call, stop: Callable[[], bool] = lambda: False) -> list[str]:

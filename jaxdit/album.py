@@ -11,13 +11,13 @@ import itertools
 import json
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from encode import commandline
 from encode.records import InputError, publish
 from jaxdit.wishes import Wish
 
@@ -149,7 +149,7 @@ def command_of(wish: Wish, workdir: Path, settings: Mapping[str, str]) -> str:
     names = ("mix", "seed", "size", "steps", "solver", "shift", "guidance_text", "guidance_vision", "guidance_interval",
              "init", "strength")  # fmt: skip
     words += [f"--{name}={settings[name]}" for name in names if settings[name]]
-    return "python -m jaxdit.sample " + " ".join(map(shlex.quote, words))
+    return commandline.command("jaxdit.sample", words)
 
 
 def stem_of(wish: Wish) -> str:

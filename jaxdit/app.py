@@ -24,7 +24,8 @@ from absl import flags
 
 from encode import commandline
 from encode.records import InputError, only_one
-from jaxdit import cabinet, conditions, desk, trained
+from jaxdit import cabinet, desk, trained
+from jaxdit.cache import Cache, cache_folder
 
 NEEDED = Path(__file__).parents[1] / "requirements-app.txt"
 HERE = ("127.0.0.1", "localhost")
@@ -71,7 +72,7 @@ def _serve(workdir: Path, gallery: Path, listening: socket.socket, stack: contex
         raise InputError(
             f"--gallery={gallery}: this folder cannot be made or written to ({error.strerror})."
         ) from error
-    at = desk.Desk(workdir, gallery, conditions.Cache(conditions.cache_folder(flags.FLAGS.cache)))
+    at = desk.Desk(workdir, gallery, Cache(cache_folder(flags.FLAGS.cache)))
     import uvicorn
 
     host, port = listening.getsockname()[:2]

@@ -11,14 +11,9 @@ import contextlib
 import gc
 import hashlib
 import json
-import logging
-import os
 import sys
-import tempfile
-import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +22,12 @@ import numpy as np
 from encode import commandline, records
 from encode.records import InputError
 from jaxdit import data
-from jaxdit.wishes import Wish
+from jaxdit.cache import Cache
+from jaxdit.wishes import ID, Wish
 
 MAX_PIXELS = 500_000_000  # of a reference
 TEXTS = 32  # sentences in one go
 PRECOMPUTED = {"id": "precomputed"}  # vectors that were given: nobody knows of which encoder
-ROOM = 2 * 10**9  # bytes of the cache: a thousand of the longest sentences of T5-Large
-DAY = 86_400.0  # seconds after which a file that was never finished is nobody's
 
 
 @dataclass(frozen=True)
@@ -45,103 +39,23 @@ class Given:
     init: np.ndarray | None
 
 
-class Cache:
-    """Encoded arrays on disk, a file a content; one that cannot be read is made again, one that cannot be written is not.
-
-    Files appear whole and are removed whole, so that any number of processes may use one folder.
-
-    Args:
-      folder: made where it is missing; None keeps nothing.
-      room: bytes that it may take; beyond, what was not used for longest goes first.
-    """
-
-    def __init__(self, folder: Path | None, room: int = ROOM):
-        self.folder, self.room, self._silent = folder, room, folder is None
-        self._taken: int | None = None  # bytes, as far as this process knows
-
-    def key(self, *parts: Any) -> str:
-        """The name of what is a function of `parts` (JSON-able)."""
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def get(self, key: str) -> dict[str, np.ndarray] | None:
-        if self.folder is None:
-            return None
-        path = self.folder / f"{key}.npz"
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                found = dict(stored)
-            with contextlib.suppress(OSError):  # of somebody else, or just removed: it is read all the same
-                os.utime(path)
-            return found
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-            return None
-
-    def put(self, key: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
-        """Keep the arrays, and give them back."""
-        if self.folder is not None:
-            try:
-                self._write(self.folder / f"{key}.npz", arrays)
-            except OSError as error:
-                if not self._silent:
-                    logging.warning(
-                        "%s: encoded sentences and pictures are not kept (%s).", self.folder, error.strerror
-                    )
-                self._silent = True
-        return arrays
-
-    def _write(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
-            try:
-                np.savez(file, **arrays)
-                file.flush()
-                size = file.tell()
-                os.replace(file.name, path)
-            finally:
-                Path(file.name).unlink(missing_ok=True)
-        self._taken = self._taken + size if self._taken is not None else self._files()[0]
-        if self._taken > self.room:
-            self._make_room()
-
-    def _files(self) -> tuple[int, list[tuple[float, int, Path]]]:
-        """(bytes of all, [(last use, bytes, path)])."""
-        found = []
-        for path in [*self.folder.glob("*.npz"), *self.folder.glob("*.tmp")]:
-            with contextlib.suppress(OSError):  # another process was here first
-                status = path.stat()
-                found.append((status.st_mtime, status.st_size, path))
-        return sum(size for _, size, _ in found), found
-
-    def _make_room(self) -> None:
-        """Remove what was not used for longest until a tenth of the room is free, so that this is seldom done."""
-        taken, files = self._files()
-        for used, size, path in sorted(files):
-            in_hand = path.suffix == ".tmp" and time.time() - used < DAY
-            if taken > 0.9 * self.room and not in_hand:
-                path.unlink(missing_ok=True)
-                taken -= size
-        self._taken = taken
-
-
-def cache_folder(asked: str | None) -> Path | None:
-    """Where conditions are kept: what --cache says ("" is nowhere), else $XDG_CACHE_HOME/jaxdit or ~/.cache/jaxdit."""
-    if asked is None:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxdit"
-    return commandline.path_of(asked) if asked else None
-
-
 def identify(wishes: Sequence[Wish]) -> dict[str, str]:
     """16 hexadecimal characters of the content of each file that the wishes name; no entry for what is no file."""
-    names = {name for wish in wishes for name in (*wish.references, wish.init) if name}
+    names = {name for wish in wishes for name in (*wish.references, wish.init) if name and not name.startswith(ID)}
     hashes = {}
     for name in sorted(names):
-        path = commandline.path_of(name)
-        if path.is_file():
-            try:
+        if (path := commandline.path_of(name)).is_file():
+            with contextlib.suppress(OSError):  # told when it is to be encoded
                 hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-            except OSError:
-                continue  # told when it is to be encoded
     return hashes
+
+
+def spelled(wish: Wish) -> Wish:
+    """The wish with "id:" before each reference that is no file, so that no file which comes later is taken for it."""
+    names = (
+        name if name.startswith(ID) or commandline.path_of(name).is_file() else ID + name for name in wish.references
+    )
+    return replace(wish, references=tuple(names))
 
 
 def encode(
@@ -158,7 +72,7 @@ def encode(
     """The conditions of all wishes.
 
     Args:
-      wishes: what is to be drawn.
+      wishes: what is to be drawn, `spelled`.
       config, dataset: of the working folder.
       hashes: from `identify`.
       cache: where to look first.
@@ -233,12 +147,12 @@ class _Work:
             if wheres.setdefault(name, where) is not where or name in pictures + ids:
                 continue
             path = commandline.path_of(name)
-            if path.suffix == ".npy" and path.is_file():
-                self._try("vision", name, where, lambda path=path: self._vector(path))
-            elif path.is_file():
-                pictures.append(name)
-            else:
+            if name.startswith(ID):
                 ids.append(name)
+            elif path.suffix == ".npy":
+                self._try("vision", name, where, lambda path=path: self._vector(path))
+            else:
+                pictures.append(name)
         if pictures:
             self._pictures(pictures, wheres)
         if ids:
@@ -264,7 +178,7 @@ class _Work:
             self._try("vision", name, wheres[name], look)
 
     def _ids(self, names: Sequence[str], wheres: Mapping[str, str]) -> None:
-        """References that are no files: ids of images in the data set."""
+        """Images of the data set."""
         path = self.config["data"]["path"]
         try:
             source = data.Dataset(path)
@@ -275,8 +189,8 @@ class _Work:
         else:
             why = f"no such file, and no image of this name in the data set {path}"
         for name in names:
-            if name in places:
-                bucket, row = places[name]
+            if name.removeprefix(ID) in places:
+                bucket, row = places[name.removeprefix(ID)]
                 self.found["vision", name] = np.asarray(source.records(bucket, [row])[0]["vision"], np.float32)
             else:
                 self._fail("vision", name, wheres[name], why)
@@ -313,7 +227,7 @@ class _Work:
                 pixels = images.resize(images.decode(commandline.path_of(name), MAX_PIXELS), *size)
                 return self.cache.put(key, init=vae.encode(pixels[None])[0])["init"]
 
-            self._try("init", place, f"--init={name}" if where == "--init" else f"{where}: init={name}", look)
+            self._try("init", place, f"--init={name}" if where.startswith("--") else f"{where}: init={name}", look)
 
     def _try(self, kind: str, name: str, where: str, look: Callable[[], np.ndarray]) -> None:
         from encode import images
@@ -325,7 +239,7 @@ class _Work:
 
     def _fail(self, kind: str, name: str, where: str, why: str) -> None:
         self.failed.add((kind, name))
-        named = where if name in where or kind == "init" else f"{where}: {name}"
+        named = where if name.removeprefix(ID) in where or kind == "init" else f"{where}: {name.removeprefix(ID)}"
         self.problems.append(f"{named}: {why}")
 
     def _load(self, kind: str) -> Any:

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 
 from encode.records import InputError
-from jaxdit import album, cabinet, checkpoint, conditions, sampler, studio, trained, wishes
+from jaxdit import album, cabinet, checkpoint, sampler, studio, trained, wishes
+from jaxdit.cache import Cache
 
 LETTERS = 2_000  # of a prompt
 PICTURES = 36  # of one order
@@ -113,7 +114,7 @@ class Desk:
       InputError: not a working folder, nothing saved yet, or the image decoder is missing.
     """
 
-    def __init__(self, workdir: Path, gallery: Path, cache: conditions.Cache):
+    def __init__(self, workdir: Path, gallery: Path, cache: Cache):
         from encode import encoders
 
         self.workdir, self.gallery, self.cache = workdir, gallery, cache

@@ -174,7 +174,7 @@ def memory(drawn: np.ndarray, real: np.ndarray) -> dict[str, float | bool]:
     """What the nearest training images of drawn pictures say, beside those of real ones that were not trained on.
 
     Args:
-      drawn, real: [n, k] and [m, k] distances of `nearest`; where n is m, picture i was drawn for image i.
+      drawn, real: [n, k] distances of `nearest`; picture i was drawn for image i.
 
     Returns:
       nearer: the share of drawn pictures nearer to a training image than the real one is: 0.5 where they are alike.

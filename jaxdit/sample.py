@@ -14,6 +14,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's enc
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from absl import flags
 from encode import commandline
 from encode.records import InputError, only_one, write_json
 from jaxdit import album, conditions, data, sampler, sheet, studio, trained, wishes
+from jaxdit.cache import Cache, cache_folder
 from jaxdit.metrics import duration
 from jaxdit.wishes import Wish
 
@@ -47,7 +49,7 @@ def from_training_data(path: str, count: int) -> tuple[list[dict[str, str]], dic
     others = own[len(own) // 2 :] + own[: len(own) // 2]
     fields, known = [], {}
     for record, other in zip(own, others):
-        prompt, reference = record["caption"].decode(), other["id"].decode()
+        prompt, reference = record["caption"].decode(), wishes.ID + other["id"].decode()
         fields.append({"prompt": prompt, "reference": reference})
         known["text", prompt] = np.asarray(record["text"], np.float32)
         known["vision", reference] = np.asarray(other["vision"], np.float32)
@@ -63,7 +65,7 @@ def define_flags() -> None:
         "reference",
         [],
         "A picture whose feeling is wanted: one for all, or one a prompt. Or a vector (.npy), or the id of an image of the "
-        "data set.",
+        "data set (id:NAME where a file has that name too).",
     )
     flags.DEFINE_list("mix", None, "Weights of two references that are mixed, as in 0.7,0.3.")
     flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; by default that of the fullest bucket.")
@@ -156,7 +158,7 @@ class _Session:
         from encode import encoders
 
         vae = encoders.load_vae(self.studio.run.dataset["encoders"]["vae"])
-        cache = conditions.Cache(conditions.cache_folder(flags.FLAGS.cache))
+        cache = Cache(cache_folder(flags.FLAGS.cache))
         progress = _Progress(0)
         for kind, value in self.studio.draw(plan, vae, cache, known=known, most=flags.FLAGS.batch):
             if kind == "problem":
@@ -184,7 +186,9 @@ class _Session:
         shown = {names[place]: asked[place] for place in made}
         if len(shown) > 1:
             pictures = [sheet.thumbnail(self.album.pixels(name)) for name in shown]
-            self.album.save("sheet.png", sheet.contact_sheet(pictures, [_words(wish) for wish in shown.values()]), {})
+            self.album.save(
+                "sheet.png", sheet.contact_sheet(pictures, [_words(wish) for wish in shown.values()]), _call()
+            )
             print(f"{self.out / 'sheet.png'}: all {len(shown)} of them.")
 
     def _grid(self, places, made, names, asked, settings) -> None:
@@ -204,7 +208,7 @@ class _Session:
                 for line in places
             ]
             labels = [f"text {album.numbers([w])}" for w in texts], [f"vision {album.numbers([w])}" for w in visions]
-            self.album.save(name, sheet.grid(pixels, *labels, _words(first)), words)
+            self.album.save(name, sheet.grid(pixels, *labels, _words(first)), words | _call())
         print(f"{self.out / name}: {len(texts)} weights of the text by {len(visions)} of the vision vector.")
 
 
@@ -316,6 +320,11 @@ def _floats(name: str) -> list[float] | None:
     if not values or not all(map(math.isfinite, values)):
         raise InputError(f"--{name}={','.join(words)}: numbers are wanted.")
     return values
+
+
+def _call() -> dict[str, str]:
+    """What a sheet's or a grid's file says of itself: the command that this call is."""
+    return {"command": commandline.command("jaxdit.sample", sys.argv[1:])}
 
 
 def _words(wish: Wish) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxdit import album, conditions, drawing, trained
+from jaxdit.cache import Cache
 from jaxdit.wishes import Wish
 
 
@@ -58,6 +59,7 @@ class Studio:
 
     def plan(self, asked: Sequence[Wish], in_grid: frozenset[int] = frozenset()) -> Plan:
         """Names for all of them; those of the places `in_grid` tell the weights too."""
+        asked = [conditions.spelled(wish) for wish in asked]
         hashes = conditions.identify(asked)
         settings = [album.settings_of(wish, hashes, self.common) for wish in asked]
         names, todo = [], []
@@ -76,7 +78,7 @@ class Studio:
         self,
         plan: Plan,
         vae: Any,
-        cache: conditions.Cache,
+        cache: Cache,
         *,
         known: Mapping[tuple[str, str], np.ndarray] | None = None,
         most: int = 0,

@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import platform
-import shlex
 import sys
 import time
 import traceback
@@ -218,7 +217,7 @@ def describe(run: trained.Trained, dataset: data.Dataset, examples: Sequence[jud
     hashes = [example.record["pixel_hash"].decode() for example in examples]
     content = json.dumps([dataset.info["fingerprint"], hashes], sort_keys=True)
     return {
-        "command": "python -m jaxdit.validate " + shlex.join(sys.argv[1:]),
+        "command": commandline.command("jaxdit.validate", sys.argv[1:]),
         "sampling": SAMPLING | {"shift": run.config["sample"]["shift"]},
         "data": str(dataset.path),
         "data_fingerprint": hashlib.sha256(content.encode()).hexdigest()[:16],

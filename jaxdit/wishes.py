@@ -19,6 +19,7 @@ from typing import Any
 from encode.records import InputError
 
 FIELDS = ("prompt", "reference", "mix", "seed", "size", "aspect", "scales", "count", "init", "strength")
+ID = "id:"  # before the name of an image of the data set, where a file could be meant
 STRENGTH = 0.6  # of a picture to start from, where nothing else is said
 LARGEST_SEED = 2**32 - 1
 CLOSE = 1.05  # an aspect that is met this well needs no word
@@ -30,7 +31,7 @@ class Wish:
 
     Attributes:
       prompt: "" is no sentence.
-      references: none, one, or two to be mixed.
+      references: none, one, or two to be mixed: pictures, vectors, or "id:" and the id of an image of the data set.
       mix: their weights, which sum to 1; empty where there are not two.
       seed: decides the noise, whatever else is drawn.
       size: (width, height) in pixels.

@@ -35,6 +35,7 @@ FLOORS = [
         "processes",
         "state_dict",
         "seal",
+        "cache",
     },
 ]
 SHARED = {"encode.records", "encode.commandline", "encode.writing"}  # what both halves import

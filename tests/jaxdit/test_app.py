@@ -23,7 +23,8 @@ from app_run import LATER, STEP, huge, picture
 from PIL import Image
 
 from encode.records import InputError
-from jaxdit import album, app, cabinet, conditions, desk, studio, trained
+from jaxdit import album, app, cabinet, desk, studio, trained
+from jaxdit.cache import Cache
 
 ROOT = Path(__file__).parents[2]
 ORDER = desk.Order(prompt="a kite on the left", steps=3, size="64x64", text=(2.0,), vision=(1.5,))
@@ -38,7 +39,7 @@ def workdir(tmp_path_factory):
 def at(workdir, tmp_path):
     gallery = tmp_path / "gallery"
     gallery.mkdir()
-    found = desk.Desk(workdir, gallery, conditions.Cache(tmp_path / "cache"))
+    found = desk.Desk(workdir, gallery, Cache(tmp_path / "cache"))
     yield found
     found.close(30)
 

@@ -14,6 +14,7 @@ from PIL import Image
 from encode import demo_encoders, encoders, records
 from encode.records import InputError, load_dataset
 from jaxdit import conditions, data, wishes
+from jaxdit.cache import DAY, Cache
 
 SHAPES = wishes.Shapes(16, {"32x48": 1})
 
@@ -61,9 +62,10 @@ def picture(tmp_path):
 
 
 def encode(told, fields, cache, known=()):
-    asked = [w for line in fields for w in wishes.wish(line, {"scales": [1, 1]}, SHAPES, "list:1")]
+    made = [w for line in fields for w in wishes.wish(line, {"scales": [1, 1]}, SHAPES, "list:1")]
+    asked = [conditions.spelled(wish) for wish in made]
     return conditions.encode(
-        asked, *told, hashes=conditions.identify(asked), cache=conditions.Cache(cache), vae=demo_encoders.DemoVAE(),
+        asked, *told, hashes=conditions.identify(asked), cache=Cache(cache), vae=demo_encoders.DemoVAE(),
         known=dict(known),
     )  # fmt: skip
 
@@ -142,9 +144,9 @@ def sizes(folder):
 
 def test_the_cache_stays_within_its_room_and_what_was_used_last_stays(tmp_path):
     kept = np.zeros(1000, np.uint8)
-    conditions.Cache(tmp_path).put("k0", a=kept)
+    Cache(tmp_path).put("k0", a=kept)
     one = sizes(tmp_path)["k0.npz"]
-    cache, now = conditions.Cache(tmp_path, room=10 * one), time.time()
+    cache, now = Cache(tmp_path, room=10 * one), time.time()
     for number in range(10):
         cache.put(f"k{number}", a=kept)
         os.utime(tmp_path / f"k{number}.npz", (now, now - 100 + number))
@@ -152,22 +154,22 @@ def test_the_cache_stays_within_its_room_and_what_was_used_last_stays(tmp_path):
     assert cache.get("k0") is not None  # used now
     cache.put("new", a=kept)
     assert set(sizes(tmp_path)) == {f"{name}.npz" for name in ("k0", *(f"k{n}" for n in range(3, 10)), "new")}
-    another = conditions.Cache(tmp_path, room=3 * one)  # a process that begins on a folder that is too large
+    another = Cache(tmp_path, room=3 * one)  # a process that begins on a folder that is too large
     another.put("last", a=kept)
     assert len(sizes(tmp_path)) == 2 and another.get("last") is not None
 
 
 def test_what_a_killed_process_left_in_the_cache_goes_and_what_is_in_hand_stays(tmp_path):
-    for name, age in (("old.tmp", 2 * conditions.DAY), ("in_hand.tmp", 10)):
+    for name, age in (("old.tmp", 2 * DAY), ("in_hand.tmp", 10)):
         (tmp_path / name).write_bytes(bytes(5_000))
         os.utime(tmp_path / name, (time.time() - age,) * 2)
-    conditions.Cache(tmp_path, room=8_000).put("new", a=np.zeros(1000, np.uint8))
+    Cache(tmp_path, room=8_000).put("new", a=np.zeros(1000, np.uint8))
     assert set(sizes(tmp_path)) == {"in_hand.tmp", "new.npz"}
 
 
 def test_many_use_one_cache_at_once(tmp_path):
     def work(seed):
-        cache, rng, found = conditions.Cache(tmp_path, room=20_000), np.random.default_rng(seed), 0
+        cache, rng, found = Cache(tmp_path, room=20_000), np.random.default_rng(seed), 0
         for _ in range(150):
             key = int(rng.integers(30))
             stored = cache.get(f"{key}")
@@ -189,7 +191,7 @@ def test_a_full_disk_leaves_nothing_half_written_in_the_cache(tmp_path, caplog):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-        found = conditions.Cache(tmp_path).put("a", a=np.zeros(100_000, np.uint8))
+        found = Cache(tmp_path).put("a", a=np.zeros(100_000, np.uint8))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(found["a"]) == 100_000 and not sizes(tmp_path) and "are not kept (File too large)" in caplog.text
@@ -234,6 +236,13 @@ def test_an_image_of_the_data_set_is_found_by_its_name(tmp_path, monkeypatch):
     name = record["id"].decode()
     given, problems = encode(told, [{"reference": name}, {"reference": "nobody.png"}], tmp_path / "cache")
     np.testing.assert_array_equal(given[0].vision, record["vision"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(b"a file of the same name, and no picture")
+    given_by_id, none = encode(told, [{"reference": f"id:{name}"}], tmp_path / "cache")
+    np.testing.assert_array_equal(given_by_id[0].vision, record["vision"])
+    assert not none
+    (tmp_path / name).unlink()
     assert given[1] is None and problems == [
         f"list:1: nobody.png: no such file, and no image of this name in the data set {folder}"
     ]
@@ -285,9 +294,9 @@ def test_a_vector_lies_flat_or_in_one_row_and_an_encoder_says_all_of_itself(told
 
 
 def test_what_a_process_writes_adds_up_in_its_cache(tmp_path):
-    conditions.Cache(tmp_path).put("first", a=np.zeros(1000, np.uint8))
+    Cache(tmp_path).put("first", a=np.zeros(1000, np.uint8))
     one = sizes(tmp_path)["first.npz"]
-    cache = conditions.Cache(tmp_path, room=5 * one)
+    cache = Cache(tmp_path, room=5 * one)
     for number in range(12):
         cache.put(f"k{number}", a=np.zeros(1000, np.uint8))
     assert sum(sizes(tmp_path).values()) <= 5 * one
@@ -295,5 +304,5 @@ def test_what_a_process_writes_adds_up_in_its_cache(tmp_path):
 
 def test_names_are_found_behind_the_first_64_of_a_bucket(tmp_path):
     make_data.dataset(tmp_path / "64", {"32x32": 70})
-    found = conditions.find_ids(data.Dataset(tmp_path / "64"), conditions.Cache(None))
+    found = conditions.find_ids(data.Dataset(tmp_path / "64"), Cache(None))
     assert sorted(found.values()) == [("32x32", row) for row in range(70)]

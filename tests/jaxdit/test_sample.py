@@ -137,11 +137,24 @@ def test_prompts_with_one_reference_for_all_give_pictures_of_the_asked_size(comm
         assert sheet.width > 2 * 200 and sheet.height > 96
 
 
-def test_without_a_prompt_training_captions_are_drawn(command, tmp_path):
+def test_without_a_prompt_training_captions_are_drawn(command, monkeypatch, photographs, tmp_path):
     code, said = command()
     assert code == 0, said
     found = rows(tmp_path / "out")
-    assert len(found) == 6 and all("figure" in row["prompt"] and row["reference"].endswith(".png") for row in found)
+    assert len(found) == 6 and all("figure" in row["prompt"] for row in found)
+    assert all(re.fullmatch(r"id:.*\.png", row["reference"]) and not row["reference_hash"] for row in found)
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert "-m jaxdit.sample" in sheet.text["command"]
+    # The command of a picture means the data set's image, whatever file of that name lies in the folder.
+    shutil.copy(photographs[0], tmp_path / found[0]["reference"].removeprefix("id:"))
+    monkeypatch.chdir(tmp_path)
+    with Image.open(tmp_path / "out" / found[0]["file"]) as picture:
+        words = shlex.split(picture.text["command"])[3:]
+    wanted = [word for word in words if not word.startswith(("--workdir", "--out"))]
+    assert command(*wanted, out=tmp_path / "again")[0] == 0
+    np.testing.assert_array_equal(
+        pixels(tmp_path / "again" / found[0]["file"]), pixels(tmp_path / "out" / found[0]["file"])
+    )
 
 
 def test_an_unreadable_reference_is_named_and_the_others_are_drawn(command, quick, photographs, tmp_path):
@@ -165,7 +178,7 @@ def test_a_picture_that_failed_is_nowhere_said_to_be_there(command, quick, photo
         "--prompt=b",
         f"--init={tmp_path}/no.png",
     )
-    assert code == 1 and f"init={tmp_path}/no.png: cannot be read" in said and "there already" not in said
+    assert code == 1 and f"--init={tmp_path}/no.png: cannot be read" in said and "there already" not in said
     assert not list((tmp_path / "out").glob("*.png")) and not (tmp_path / "out" / "samples.json").exists()
     code, said = command(*(f"--reference={name}" for name in names), "--prompt=a", "--prompt=a", "--prompt=b")
     assert code == 1 and said.count("bad.png") == 1 and [row["prompt"] for row in rows(tmp_path / "out")] == ["b"]
