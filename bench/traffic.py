@@ -5,7 +5,7 @@
 
 XLA compiles the trainer's sum over a micro-batch for the card by its description alone, and the program's text says what each
 kernel reads and writes. On a card whose memory is slow for its products bytes are time: what moved fewer of them here was
-faster there each time that both were tried (README, "How fast it trains"). Without the card XLA cannot try which of its matrix
+faster there each time that both were tried (docs/measured.md). Without the card XLA cannot try which of its matrix
 products is the fastest, so products are Triton's here and cuBLAS's mostly there; what they read and write is the same. Memory
 agreed with an H100's to a hundredth. Writes bench/results/traffic-CONFIG-RESOLUTION-CARD.json.
 """

@@ -3,7 +3,8 @@
     python -m encode.main --config=configs/encode_flux.py --config.images=DIR --config.out=DIR
 
 A model's path is a folder, or the id of a Hugging Face repository: taken from its cache, and fetched once where it is not
-there. DINOv3 (and Flux, where its page asks) wants its terms accepted on its page and `hf auth login` first.
+there. DINOv3 (and Flux, where its page asks) wants its terms accepted on its page and `hf auth login` first. What each field is
+for stands in configs/encode_demo.py.
 """
 
 from ml_collections import ConfigDict

@@ -4,8 +4,8 @@ python -m jaxdit.main --config=configs/full.py:256  --workdir=A --config.data.pa
 python -m jaxdit.main --config=configs/full.py:512  --workdir=B --config.data.path=OUT/512  --config.train.init_from=A
 python -m jaxdit.main --config=configs/full.py:1024 --workdir=C --config.data.path=OUT/1024 --config.train.init_from=B
 
-Plain configs/full.py is the plan's run: 1024 from the first step. "The plan" is the plan of the project; python -m jaxdit.plan
-shows for a card what fits and how long each stage takes.
+Plain configs/full.py is 1024 from the first step. "The plan" below is what was intended before anything was measured; python -m
+jaxdit.plan is a command, which shows for a card what fits and how long each stage takes.
 """
 
 from ml_collections import ConfigDict
@@ -36,8 +36,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "path": "",  # OUT/RES of encode.main
                 "holdout_fraction": 0.01,  # 1,000 of 100,000 images, of which train.eval_images are judged
                 "text_lengths": (),  # one length, the longest caption's: one program a bucket
-                "normalize_vision": False,
-                "accept_growth": False,
+                "normalize_vision": False,  # whether vision vectors are divided by their length
+                "accept_growth": False,  # True takes a data set that has grown since the run began
             },
             "model": {
                 "layers": 24,  # the plan: 24 x 1024 with 16 heads, 559 M parameters (DiT-L has this depth and width)
@@ -49,21 +49,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "scan_unroll": 0,  # no scan on a GPU: a seventh faster, 2 GB more, a minute to compile (H100)
             },
             "flow": {
-                "mean": 0.0,  # logit-normal, Esser et al. 2024, sec. 3.1
+                "mean": 0.0,  # of the timesteps, logit-normal, Esser et al. 2024, sec. 3.1
                 "std": 1.0,
-                "shift": shift,
+                "shift": shift,  # above 1: more noise
                 "drop_both": 0.1,  # the plan's three tenths: what guidance over two conditions needs to know
                 "drop_text": 0.1,
                 "drop_vision": 0.1,
-                "flip": 0.5,
+                "flip": 0.5,  # the share of samples that are mirrored, where captions allow it
             },
             "optim": {
-                "name": "adamw",  # the plan; small models learn faster by "muon" (README, "When it begins to listen")
+                "name": "adamw",  # the plan; small models learn faster by "muon" (docs/measured.md)
                 "peak_learning_rate": 3e-4,  # the plan; in later stages a third loses what small pictures won (bench/stages.py)
                 "end_learning_rate": 1e-6,  # the plan
-                "warmup_steps": placeholder(
-                    int
-                ),  # None: min(5,000, total // 10), the plan's 5,000 where the run is long
+                "warmup_steps": placeholder(int),  # None: min(5,000, total // 10), the plan's 5,000 where it is long
                 "b1": 0.9,
                 "b2": 0.95,  # the plan; 0.999 forgets a spike only after a thousand updates
                 "eps": 1e-8,
@@ -72,32 +70,36 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "ema_decay": 0.9999,  # the plan; reached at update 90,000, before it the average covers a ninth of the run
             },
             "train": {
-                "seed": 0,
+                "seed": 0,  # of weights, noise, order
                 "total_steps": total_steps,
                 "batch_size": 256,  # the plan: DiT's and PixArt's
                 "micro_batch": micro_batch,
                 "log_every": 20,  # at 1024 an update takes a minute
-                "eval_every": 1_000,
+                "eval_every": 1_000,  # steps between two looks at held-out images
                 "eval_images": 512,  # of each split
                 "eval_budget": 0.05,  # of the time, evaluation and previews together
                 "gate": "needed",  # gate.json of a nano run, or skip; inherited by later stages
                 "init_from": "",  # WORKDIR or WORKDIR@STEP of the stage before
                 "init_weights": "ema",  # or raw
                 "restore": "",  # WORKDIR@STEP: go back, in a new folder
-                "deterministic": False,
+                "deterministic": False,  # True: bit for bit on a GPU too, slower
             },
-            "checkpoint": {"every": 5_000, "minutes": 30.0, "keep": 2},  # the plan; at most half an hour is lost
+            # The plan: averaged weights every so many steps; what going on needs every so many minutes, the newest of which stay.
+            "checkpoint": {"every": 5_000, "minutes": 30.0, "keep": 2},
             "sample": {
-                "steps": 28,  # SD3's default; Euler
+                "steps": 28,  # SD3's default
                 "text_guidance": 4.0,
                 "vision_guidance": 1.5,
                 "shift": max(shift, 1.0),
-                "previews": 8,
-                "prompts": (),
+                "previews": 8,  # pictures at every checkpoint.every
+                "prompts": (),  # your own sentences and pictures for the previews; empty: the data set's
                 "references": (),
             },
-            "mesh": {"data": -1, "fsdp": 1},
-            "metrics": {"wandb": "", "watts": 450.0},  # the card's limit; measure at the wall for a better number
+            "mesh": {"data": -1, "fsdp": 1},  # cards: groups (-1: the rest), and how many share one copy of the model
+            "metrics": {
+                "wandb": "",
+                "watts": 450.0,
+            },  # ENTITY/PROJECT; the card's limit: measure at the wall for a better number
             "health": {"window": 200, "spike": 8.0, "patience": 8},  # as explained in jaxdit/health.py
         }
     )

@@ -1,6 +1,8 @@
-"""The nano run: 100 images, 5,000 steps, and then the gate; an hour on a 4090. Nothing bigger begins before it passes.
+"""The nano run: 100 images, 5,000 steps, and then the gate. Nothing bigger begins before it passes.
 
 python -m jaxdit.main --config=configs/nano.py --workdir=DIR --config.data.path=OUT/RES
+
+What each field is for stands in configs/full.py.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "mean": 0.0,
                 "std": 1.0,
                 # At 512 the plan's 1 fails the gate on the generated photographs: a caption is needed only where t > 0.98,
-                # and one sample in 20,000 lies there (README, "The gate"). With 4 one in 160 does: 40 dB instead of 26.
+                # and one sample in 20,000 lies there (docs/measured.md). With 4 one in 160 does: 40 dB instead of 26.
                 "shift": 4.0,
                 "drop_both": 0.1,  # as in the big run: the gate asks for each condition alone
                 "drop_text": 0.1,

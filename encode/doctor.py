@@ -4,7 +4,8 @@ Every record is read and checked against the contract, the plan and the statisti
 be compared. With --repair the damaged shards, and only those, are encoded again from the photographs; an index, TFDS
 metadata or dataset.json that is wrong beside sound shards is computed from them. A damaged shard stays where it is until the
 new one takes its name, so a repair can be killed at any moment and started again. Nothing else is touched: neither other
-shards nor other resolutions. Exit code 0: all is sound, 1: damage was found or could not be mended, 2: the call is wrong.
+shards nor other resolutions. Exit code 0: all is sound, 1: damage was found or could not be mended, 2: the call is wrong,
+3: stopped as asked.
 """
 
 from __future__ import annotations

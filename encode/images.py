@@ -2,7 +2,7 @@
 
 The content decides the format. A damaged file is refused, never half decoded, and an image object that raised is not
 used again. The plan reads headers only (`size`); the pixels are decoded once, in the pass that encodes them. What is read
-and what becomes of it stands in the README, "What goes in".
+and what becomes of it stands in docs/inputs.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The model draws every training image from its caption and vector, from its caption alone, from its caption with another
 image's vector, and with an exchanged caption; `judge.py` says what must come. Images, noise, solver and weights are the same
 at every call. OUT/gate.json holds every number, gate.html shows the pictures that decided, worst first. Exit code 0 pass,
-1 fail, 2 could not run or could not be judged.
+1 fail, 2 could not run or could not be judged, 3 stopped.
 """
 
 from __future__ import annotations

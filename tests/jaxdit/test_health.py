@@ -13,7 +13,7 @@ from work import calls
 from jaxdit import health
 
 CURVES = Path(__file__).parent / "curves"
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "health.md"
 PROJECTIONS = ("time", "vision", "text", "null_vision", "null_text", "modulation", "cross_attention")
 
 
@@ -472,9 +472,9 @@ def test_a_recorded_run_that_memorises_is_told_after_its_best_step():
     assert changes([verdict.name for verdict in found]) <= 3 and found[-1].name == "memorising"
 
 
-def test_the_readme_explains_every_verdict():
-    section = README.read_text().split("## Is the run well?")[1].split("\n## ")[0]
-    explained = [line.split("|")[1].strip().strip("`") for line in section.splitlines() if line.startswith("| `")]
+def test_the_page_explains_every_verdict():
+    lines = PAGE.read_text().splitlines()
+    explained = [line.split("|")[1].strip().strip("`") for line in lines if line.startswith("| `")]
     assert explained == list(health.VERDICTS)
 
 
