@@ -22,6 +22,7 @@ _SPACE = {"L": "GRAY", "I;16": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "LAB": "Lab
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339
 
 
+LINEAR = 8  # a transfer: light itself
 HDR = (16, 18)  # transfers, PQ and HLG: light up to 10,000 candela, which no profile here turns into sRGB
 PROFILES = {  # of H.273's primaries, adapted to D50, and the exponent where the curve is not sRGB's
     12: (((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)), None),  # Display P3

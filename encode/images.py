@@ -202,6 +202,8 @@ def _open(path: Path, kind: str, max_pixels: int) -> Image.Image:
         primaries, transfer = headers.colour_code(image, path)
         if transfer in colour.HDR:
             raise ImageProblem(formats.HDR_REASON)
+        if transfer == colour.LINEAR:
+            raise ImageProblem("linear light (transfer 8), which is not read: save it as sRGB first")
         if primaries in colour.PROFILES:
             image.info["icc_profile"] = colour.profile(primaries)
         elif primaries == 1:  # sRGB's own

@@ -119,7 +119,6 @@ def _run(config: Any, out: Path, encoders: Encoders, workers: Workers, stop, onl
     listed = ", ".join(f"{name} ({count})" for name, count in pictures.items())
     log.info("%d buckets at %d, with their pictures: %s.", len(pictures), largest, listed)
     todo = [job for job in jobs if context.missing(job) or not context.part(job).exists()]
-    check_words(context, todo)
     say_need(out, bytes_to_write(context, todo))
     progress = Progress("pictures encoded", pictures.total(), sum(len(job.entries) for job in todo), out)
     progress.refused = len(plan["quarantine"])
@@ -186,8 +185,12 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
         new = plan_rules.added(config, folder, out, plan, collection, refused, again)
         if not new:
             return plan
+        _check_words(
+            config, encoders, new
+        )  # before they are planned: from then on their captions must stay what they are
         plan |= plan_rules.grow(config, plan, new, workers, stop)
     else:
+        _check_words(config, encoders, collection.items)
         plan = {"schema": records.SCHEMA, "fingerprint": wanted}
         plan |= plan_rules.make_plan(config, collection, workers, stop)
         plan["vision_width"] = plan["vision_width"] or encoders.vision.width
@@ -202,20 +205,19 @@ def read_part(path: Path) -> dict[str, Any]:
     return records.read_json(path, "remove it and run again: its shard is then encoded again")
 
 
-def _some_captions(context: Context, jobs: Sequence[Job]) -> list[tuple[str, str]]:
-    """(name, caption) of about 200 pictures spread over all."""
-    names = [entry[0] for job in jobs for entry in job.entries]
-    return [(name, context.items[name].caption(context.config.seed)) for name in names[:: max(1, len(names) // 200)]]
+def _some(things: Sequence) -> Sequence:
+    """About 200, spread over all."""
+    return things[:: max(1, len(things) // 200)]
 
 
-def check_words(context: Context, jobs: Sequence[Job]) -> None:
+def _check_words(config: Any, encoders: Encoders, items: Sequence[Item]) -> None:
     """Captions of which the text encoder has no words are all alike to the model: said, and refused where they are the rule.
 
     Raises:
       InputError: most captions are largely such signs.
     """
-    some = _some_captions(context, jobs)
-    shares = {name: context.encoders.text.unknown(text) for name, text in some}
+    some = [(item.id, item.caption(config.seed)) for item in _some(items)]
+    shares = {name: encoders.text.unknown(text) for name, text in some}
     strange = [(name, text) for name, text in some if shares[name] >= 0.25]
     if not any(shares.values()):
         return
@@ -236,8 +238,9 @@ def check_words(context: Context, jobs: Sequence[Job]) -> None:
 def bytes_to_write(context: Context, jobs: Sequence[Job]) -> int:
     """About how much disk some shards need: latents by their shapes, text by the tokens of a few captions."""
     encoders, config, total = context.encoders, context.config, 0
-    some = [text for _, text in _some_captions(context, jobs)]
-    tokens = [min(encoders.text.count_tokens(text), encoders.text.max_tokens) for text in some]
+    names = _some([entry[0] for job in jobs for entry in job.entries])
+    tokens = [encoders.text.count_tokens(context.items[name].caption(config.seed)) for name in names]
+    tokens = [min(count, encoders.text.max_tokens) for count in tokens]
     rest = 4 * encoders.text.width * sum(tokens) / max(1, len(tokens)) + 8 * context.vision_width
     for job in jobs:
         for entry in job.entries:

@@ -114,6 +114,7 @@ def refusals(plan: Mapping, parts: Sequence[Mapping]) -> dict[str, tuple[str, in
     """
     encoded = {row[0] for part in parts for row in part["records"]}
     said = [(row, part["written"]) for part in parts for row in part["quarantine"]]
+    said.sort(key=lambda one: one[1])
     said += [(row, plan["written"]) for row in plan["unfit"]]  # the word on what was tried again
     return {row["file"]: (row["reason"], when) for row, when in said if row["file"] not in encoded}
 
@@ -121,24 +122,21 @@ def refusals(plan: Mapping, parts: Sequence[Mapping]) -> dict[str, tuple[str, in
 def retried(config: Any, plan: Mapping, parts: Sequence[Mapping], collection: Collection) -> set[str]:
     """Ids of pictures that were refused for what is no longer so: they are other files since, could not be read, or took
     more than config.decode_seconds or decode_memory, which are larger today."""
-    limits: dict[tuple[str, str], float] = {}
     refused, again = refusals(plan, parts), set()
     for item in collection.items:
         reason, when = refused.get(item.id, (None, 0))
         if reason is None:
             continue
+        limit = re.search(r"config\.(decode_seconds|decode_memory)=([\d.]+)", reason)
         if reason.startswith(images.ImageProblem.unread):
             new = _reads(item, config.vision.precomputed)
+        elif limit and float(limit[2]) < config[limit[1]]:
+            new = True
         else:
             stamp, before = _stamp(item), plan.get("again", {}).get(item.id)
             new = stamp != before if before else stamp[0] != plan["bytes"][item.id] or stamp[1] > when
         again |= {item.id} if new else set()
-    for row in [row for part in [*parts, {"quarantine": plan["unfit"]}] for row in part["quarantine"]]:
-        if found := re.search(r"config\.(decode_seconds|decode_memory)=([\d.]+)", row["reason"]):
-            key = row["file"], found[1]
-            limits[key] = max(float(found[2]), limits.get(key, 0.0))
-    longer = {name for (name, field), limit in limits.items() if limit < config[field]}
-    return again | (longer & refused.keys())
+    return again
 
 
 def _stamp(item: Item) -> list[int]:

@@ -41,7 +41,7 @@ class Order:
     folder: Path
     out: Path
     token: str
-    probe: Path  # a photograph that must be there
+    probe: Path  # a photograph that must be there, or their folder
     fingerprint: Mapping[str, Any]
     cells: int
     vision_width: int

@@ -58,12 +58,15 @@ def encode(context: Context, plan: Mapping[str, Any], jobs: Sequence[Job], progr
     """
     token = context.out / TOKEN
     token.write_text(uuid.uuid4().hex)
+    asked = [
+        entry[0] for job in jobs for entry in job.entries[:1]
+    ]  # a shard whose pictures were tried again elsewhere has none
     order = Order(
         config=context.config.to_dict(),
         folder=context.folder.absolute(),
         out=context.out.absolute(),
         token=token.read_text(),
-        probe=context.items[jobs[0].entries[0][0]].path.absolute(),
+        probe=(context.items[asked[0]].path if asked else context.folder).absolute(),
         fingerprint=plan["fingerprint"],
         cells=context.cells,
         vision_width=context.vision_width,

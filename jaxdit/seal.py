@@ -46,7 +46,7 @@ def saved_at(step: Path) -> float:
 def _read(step: Path) -> dict:
     try:
         return read_json(step / NAME, "")
-    except (FileNotFoundError, InputError):
+    except (OSError, InputError):  # one that a bad sector took from a sound step must not spoil every later save
         return {}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdit import health, metrics
+from jaxdit import health, metrics, seal
 
 RECENT = 200  # rows that the present rate is taken over
 QUIET = 1800.0  # seconds without a row after which a run may have stopped
@@ -195,7 +195,7 @@ def _checkpoints(workdir: Path, problems: list[str]) -> list[Saved]:
             if child.name.isdecimal() and (child / "ema").is_dir():
                 resumable = all((child / item).is_dir() for item in ("state", "data"))
                 size = sum(file.stat().st_size for file in child.rglob("*") if file.is_file())
-                found.append(Saved(int(child.name), resumable, size, datetime.fromtimestamp(child.stat().st_mtime)))
+                found.append(Saved(int(child.name), resumable, size, datetime.fromtimestamp(seal.saved_at(child))))
     except OSError as error:  # one that is being removed at this moment, too
         problems.append(f"checkpoints cannot be listed ({error}).")
     return sorted(found, key=lambda one: one.step)

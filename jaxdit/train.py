@@ -266,9 +266,9 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
                     for drawn_at, found in pictures.finished():
                         log.pictures(drawn_at, found)
     except DatasetError:
-        if not processes.many():  # of many, one knows of it, and none can save alone
+        if step > 0 and not processes.many():  # of many, one knows of it, and none can save alone
             save()  # the data are damaged, not the run
-            saver.wait()
+            saver.landed(step)
         if processes.many() or not stop.requested:  # else it waited for a disk that is away
             raise
     else:

@@ -130,8 +130,10 @@ def check(config: Any, devices: int) -> None:
 
 def is_new(workdir: Path) -> bool:
     """Whether nothing has been trained in the folder yet."""
-    trained = (workdir / "checkpoints").exists() or any(workdir.glob("metrics.jsonl"))
-    return not (workdir / "config.json").exists() or not trained
+    rows = [
+        path for path in (workdir / "metrics.jsonl", workdir / "saved.json") if path.exists() and path.stat().st_size
+    ]
+    return not (workdir / "config.json").exists() or not (rows or any((workdir / "checkpoints").glob("*")))
 
 
 def claim(

@@ -489,12 +489,12 @@ def _told(kind, primaries, curve):
 
 
 @pytest.mark.parametrize("kind", ["HEIF", "AVIF", "PNG"])
-def test_hdr_is_refused(tmp_path, kind):
-    for curve, refused in ((13, False), (1, False), (16, True), (18, True)):
+def test_hdr_and_linear_light_are_refused(tmp_path, kind):
+    for curve, refused in ((13, ""), (1, ""), (8, "linear light"), (16, "HDR"), (18, "HDR")):
         (tmp_path / "a").write_bytes(_told(kind, 1, curve))
         if refused:
             for read in (images.size, images.decode):
-                with pytest.raises(images.ImageProblem, match="HDR"):
+                with pytest.raises(images.ImageProblem, match=refused):
                     read(tmp_path / "a", LIMIT)
         else:
             assert _decode(tmp_path / "a").size

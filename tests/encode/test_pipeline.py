@@ -493,4 +493,26 @@ def test_captions_that_the_text_encoder_has_no_words_for_are_named_or_refused(im
         file.write_text("左边有 一只红色的猫", encoding="utf-8")
     with pytest.raises(InputError, match=r"^6 of 10 captions looked at are in signs .* Translate them"):
         _run(few, tmp_path / "none")
-    assert not (tmp_path / "none" / "128").exists()
+    assert not (tmp_path / "none" / "plan.json").exists()  # so that the captions may be translated
+
+
+def test_photographs_that_come_later_are_refused_for_their_captions_before_they_are_planned(images, tmp_path):
+    few, out = shutil.copytree(images, tmp_path / "few"), tmp_path / "out"
+    _run(few, out)
+    new = few / "later.png"
+    shutil.copy(next(few.rglob("*.png")), new)
+    new.with_suffix(".txt").write_text("左边有 一只红色的猫", encoding="utf-8")
+    with pytest.raises(InputError, match=r"^1 of 1 captions looked at are in signs .* Translate them"):
+        _run(few, out)
+    new.with_suffix(".txt").write_text("a red cat stands on the left")
+    assert _run(few, out).encoded == 11
+
+
+def test_what_is_left_of_a_stopped_run_is_encoded_whatever_its_captions_are(images, tmp_path):
+    few, out = shutil.copytree(images, tmp_path / "few"), tmp_path / "out"
+    for file in sorted(few.rglob("*.txt"))[-4:]:
+        file.write_text("左边有 一只红色的猫", encoding="utf-8")
+    _run(few, out)
+    for part in sorted((out / "parts").glob("*.json"))[-1:]:
+        part.unlink()  # a shard is encoded again, and it alone
+    assert _run(few, out).encoded == 10

@@ -183,18 +183,27 @@ def test_a_header_that_kills_its_process_costs_that_picture_only(tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
-def test_only_a_larger_limit_than_any_before_brings_a_picture_back_and_none_that_is_encoded(tmp_path):
+def test_only_a_larger_limit_than_the_last_brings_a_picture_back_and_none_that_is_encoded(tmp_path):
     config = fakes.config(tmp_path, tmp_path)
     limit = config.decode_seconds
+    (tmp_path / "a.png").write_bytes(b"a")
+    item = Item("a.png", tmp_path / "a.png", ("a",))
+    stored = {"written": 0, "unfit": [], "bytes": {"a.png": 1}, "again": {"a.png": plan._stamp(item)}}
 
-    def again(*limits, encoded=()):
-        rows = [{"file": "a.png", "reason": f"took more than config.decode_seconds={own}"} for own in limits]
-        parts = [{"written": place, "records": [], "quarantine": [row]} for place, row in enumerate(rows)]
+    def again(*reasons, encoded=()):
+        """Whether it is tried again after these refusals, which stand in parts whose names are in another order."""
+        parts = [
+            {"written": place, "records": [], "quarantine": [{"file": "a.png", "reason": reason}]}
+            for place, reason in enumerate(reasons)
+        ]
         parts.append({"written": 9, "records": [[name] for name in encoded], "quarantine": []})
-        return plan.retried(config, {"written": 0, "unfit": [], "bytes": {}}, parts, SimpleNamespace(items=[]))
+        return plan.retried(config, stored, parts[::-1], SimpleNamespace(items=[item]))
 
-    assert again(limit - 1) == {"a.png"}
-    assert again(limit) == again(limit + 1, limit - 1) == again(limit - 1, encoded=["a.png"]) == set()
+    slow = "took more than config.decode_seconds={}".format
+    assert again(slow(limit - 1)) == again(slow(limit + 1), slow(limit - 1)) == {"a.png"}
+    assert again(slow(limit)) == again(slow(limit - 1), encoded=["a.png"]) == set()
+    # Tried under the larger limit it was refused for another reason: the older words count no more, or it would be tried forever.
+    assert again(slow(limit - 1), "damaged: x") == again("cannot be read: x", "damaged: x") == set()
 
 
 def test_a_file_is_as_new_as_the_moment_it_was_put_in_its_place(tmp_path):

@@ -360,6 +360,10 @@ def test_without_a_seal_a_step_is_as_old_as_its_folder_and_one_is_sealed_but_not
     (step / "ema" / "array").unlink()
     with pytest.raises(ValueError, match="ema/array is missing"):
         seal.verify(step, ["ema"])
+    (step / seal.NAME).unlink()
+    (step / seal.NAME).mkdir()  # cannot be read, as on a bad sector: no save may fail for it
+    os.utime(step, (2_000.0, 2_000.0))
+    assert seal.saved_at(step) == 2_000.0
 
 
 def test_another_model_is_told_by_its_names_shapes_and_dtypes(tmp_path):

@@ -574,6 +574,41 @@ def test_damaged_data_end_the_run_with_everything_saved(tmp_path):
         assert checkpoint.saved_steps(tmp_path / "run", "state") == [rows[-1]["step"]]
 
 
+def data_that_go_away(patch, after, then=lambda: None):
+    """Of data sets, so many reads succeed."""
+    reads, records_of = [], data.Dataset.records
+
+    def read(self, bucket, rows):
+        reads.append(bucket)
+        if len(reads) > after:
+            then()
+            raise data.ReadFailed("cannot read a record: its disk is away")
+        return records_of(self, bucket, rows)
+
+    patch.setattr(data.Dataset, "records", read)
+
+
+def test_nobody_is_told_that_everything_is_saved_where_data_and_checkpoints_are_away(tmp_path, monkeypatch):
+    make_data.dataset(tmp_path / "64", {"64x64": 40})
+    data_that_go_away(monkeypatch, 20, lambda: signal.raise_signal(signal.SIGTERM))  # whoever waits for it gives up
+
+    def refuse(self, step, needed):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_make_room", refuse)
+    with pytest.raises(checkpoint.SaveFailed, match=r"step \d+ could not be saved"):
+        train.train(tiny(tmp_path / "64", **{"checkpoint.every": 1000, "train.total_steps": 40}), tmp_path / "run")
+    assert checkpoint.saved_steps(tmp_path / "run") == []
+
+
+def test_of_data_that_never_came_no_step_is_saved(tmp_path, monkeypatch):
+    make_data.dataset(tmp_path / "64", {"64x64": 40})
+    data_that_go_away(monkeypatch, 0)
+    with pytest.raises(data.ReadFailed):
+        train.train(tiny(tmp_path / "64"), tmp_path / "run")
+    assert checkpoint.saved_steps(tmp_path / "run") == []
+
+
 def test_one_program_a_bucket_and_text_length(tmp_path, monkeypatch):
     make_data.dataset(tmp_path / "64", {"64x64": 9, "48x80": 6, "80x48": 5})
     traced, losses = [], update.flow.losses
