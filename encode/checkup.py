@@ -1,6 +1,6 @@
 """What can be told of one shard by reading it: every record, field by field, and what the shard adds up to.
 
-Pure checks of records and the reading of one file; who is to blame where files disagree is decided in doctor.py. ArrayRecord
+Pure checks of records and the reading of one file; who is to blame where files disagree is decided in diagnosis.py. ArrayRecord
 keeps a hash of every record, so bytes that changed on the disk are found by reading; records that were written wrong are
 found because they contradict the contract, the plan or each other.
 """
@@ -106,7 +106,7 @@ def look(
             if problem := wrong(record, rules):
                 found.problems.append(f"record {place} ({record['id']}): {problem}")
             else:
-                sums += _sums(record)
+                sums += stats.of_record(record)
     except UNREADABLE as error:
         found.problems.append(f"it cannot be opened ({words(error)})")
     if rows:
@@ -229,13 +229,6 @@ def _wrong_copies(record: Mapping[str, Any], rules: Rules) -> str | None:
         if record[name].tobytes() != record[f"{name}_flip"].tobytes() and not (rules.own_vectors and name == "vision"):
             return f"{name}_flip is not {name}, though nothing was mirrored"
     return None
-
-
-def _sums(record: Mapping[str, Any]) -> list[stats.Partial]:
-    """What a record adds to the statistics, as when it was encoded."""
-    mask = record["mask"]
-    sums = [stats.partial(record["latent"], mask)]
-    return [*sums, stats.partial(record["latent_flip"], mask[:, ::-1])] if record["caption_flip"] else sums
 
 
 def _strange_bytes(path: Path, raws: Sequence[bytes]) -> int:

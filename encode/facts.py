@@ -127,15 +127,15 @@ def swap_decisions(texts: Mapping[str, str], off: Iterable[str]) -> dict[str, li
     return kinds
 
 
-def dots(sizes: Iterable[tuple[int, int]], most: int = DOTS) -> list[tuple[int, int, int]]:
-    """(width, height, how many), at most `most`, the most frequent first.
+def dots(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(width, height, how many), at most DOTS, the most frequent first.
 
     Where there are more different sizes than that, the most frequent of a neighbourhood stands for it; neighbourhoods are
     the cells of a grid that is even in the logarithm.
     """
     exact, step = Counter(sizes), 1 / 64
     counts = exact
-    while len(counts) > most:
+    while len(counts) > DOTS:
         counts, stands = Counter(), {}
         for size, count in sorted(
             exact.items(), key=lambda pair: (-pair[1], hash(pair[0]))
@@ -151,9 +151,9 @@ def classes(values: Sequence[float], low: float, high: float, count: int) -> np.
     return np.histogram(np.asarray(values, np.float64), count, (low, high))[0]
 
 
-def token_classes(lengths: Sequence[int], most: int = 48) -> tuple[np.ndarray, int]:
-    """Counts of lengths in classes 1..w, w+1..2w, ... and w, the fewest tokens a class that need at most `most` classes."""
-    width = max(1, math.ceil(max(lengths) / most))
+def token_classes(lengths: Sequence[int]) -> tuple[np.ndarray, int]:
+    """Counts of lengths in classes 1..w, w+1..2w, ... and w, the fewest tokens a class that need at most 48 classes."""
+    width = max(1, math.ceil(max(lengths) / 48))
     return np.bincount((np.asarray(lengths) - 1) // width), width
 
 

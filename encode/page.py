@@ -33,8 +33,8 @@ def number(value: float) -> str:
     return f"{value:,}"
 
 
-def many(count: int, one: str, more: str = "") -> str:
-    return f"{count:,} {one if count == 1 else more or one + 's'}"
+def many(count: int, one: str) -> str:
+    return f"{count:,} {one}{'' if count == 1 else 's'}"
 
 
 def size(width: int, height: int) -> str:
@@ -84,11 +84,11 @@ def fold(summary: str, body: str) -> str:
     return f"<details><summary>{text(summary)}</summary>{body}</details>"
 
 
-def picture(jpeg: bytes | None, alt: str = "") -> str:
+def picture(jpeg: bytes | None) -> str:
     """A picture in the page; where there is none, a sheet with a corner torn off."""
     if jpeg is None:
         return '<span class="lost"><svg viewBox="0 0 40 40" role="img" aria-label="cannot be shown">' + _TORN
-    return f'<img alt="{text(alt)}" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
 
 
 _TORN = '<path d="M10 5h14l6 6v10l-5 4-4-4-5 5-6-4z"/><path d="M10 27l6 4 5-5 4 4 5-4v9H10z"/><path d="M24 5v6h6"/></svg></span>'

@@ -50,6 +50,7 @@ class Array(tfds.features.FeatureConnector):
       shape: the shape; None stands for a length found from the number of bytes (at most one).
       dtype: "bfloat16", "float32" or "uint8".
       optional: no bytes at all are then an array of shape [0, ...].
+      doc: given by TFDS alone, when it reads features.json.
     """
 
     def __init__(self, *, shape: Sequence[int | None], dtype: str, optional: bool = False, doc: Any = None):

@@ -217,9 +217,7 @@ def encode_batch(context: Context, job: Job, number: int, batch, rows, sums, par
                 "pixel_hash": prepared.pixel_hash,
             }
             rows[size].append(record)
-            mask = prepared.masks[size]
-            sums[size].append(stats.partial(latent, mask))
-            sums[size] += [stats.partial(latent_flip, mask[:, ::-1])] if flip else []
+            sums[size] += stats.of_record(record)
     for place, (item, prepared) in enumerate(batch):
         lengths = len(tokens[place]), len(flip_tokens.get(flips[place], ()))
         part["records"].append([item.id, prepared.pixel_hash, *lengths, sorted(prepared.pixels)])

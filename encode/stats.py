@@ -8,9 +8,10 @@ out changes a bit of the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,13 @@ def partial(latent: np.ndarray, mask: np.ndarray | None = None) -> Partial:
     if not (np.isfinite(total).all() and np.isfinite(square).all()):
         raise ValueError("the latent is not finite")
     return Partial(len(rows), tuple(map(Fraction, total.tolist())), tuple(map(Fraction, square.tolist())))
+
+
+def of_record(record: Mapping[str, Any]) -> list[Partial]:
+    """What one record adds to the statistics: the sums of its latent, and of the mirrored one where it may be mirrored."""
+    mask = record["mask"]
+    sums = [partial(record["latent"], mask)]
+    return [*sums, partial(record["latent_flip"], mask[:, ::-1])] if record["caption_flip"] else sums
 
 
 def merge(parts: Iterable[Partial]) -> Partial:

@@ -106,7 +106,7 @@ def copy(call: Call, dataset: Mapping[str, Any], chosen: Sequence[survey.Image],
                 raise pipeline.Stopped
             kept = list(survey.read(call.data, [(bucket, row) for row in rows[start : start + shard_size]]))
             records.write_shard(root, bucket, shard, kept, spec)
-            sums += [part for record in kept for part in _sums(record)]
+            sums += [part for record in kept for part in stats.of_record(record)]
             longest = max(longest, *(max(len(record["text"]), len(record["text_flip"])) for record in kept))
         records.finish_bucket(root, bucket, spec)
         infos[bucket] = {"count": len(rows), "shards": len(starts), "latent": latent}
@@ -195,12 +195,6 @@ def _finished(call: Call, settings: Mapping[str, Any], resolution: int) -> bool:
         raise InputError(f"--out={call.out} was begun with {said}; choose another folder.")
     root = call.out / str(call.size or resolution)
     return (root / "dataset.json").exists() and (call.out / "subset.json").exists()
-
-
-def _sums(record: Mapping[str, Any]) -> list[stats.Partial]:
-    """What one record adds to the statistics, as when it was encoded."""
-    sums = [stats.partial(record["latent"], record["mask"])]
-    return [*sums, stats.partial(record["latent_flip"], record["mask"][:, ::-1])] if record["caption_flip"] else sums
 
 
 def _originals(

@@ -23,6 +23,7 @@ from encode import commandline, records
 from encode.records import InputError
 from jaxdit import data
 from jaxdit.cache import Cache
+from jaxdit.quiet import first_line
 from jaxdit.wishes import ID, Wish
 
 MAX_PIXELS = 500_000_000  # of a reference
@@ -199,7 +200,7 @@ class _Work:
         try:
             vector = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"not a file of numbers that NumPy reads without pickle ({_first_line(error)})") from error
+            raise ValueError(f"not a file of numbers that NumPy reads without pickle ({first_line(error)})") from error
         width = self.dataset["widths"]["vision"]
         if vector.size != width or vector.shape not in ((width,), (1, width)) or vector.dtype.kind not in "fiu":
             raise ValueError(
@@ -304,7 +305,3 @@ def _leave_memory() -> None:
     torch = sys.modules.get("torch")  # there only if a real encoder has been loaded
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -23,7 +23,7 @@ from encode.records import InputError, publish, read_json
 
 LATENTS, ENCODED = "latents.npz", ".encoded.npz.tmp"
 ROOT = Path(__file__).resolve().parents[1]
-MAX_PIXELS = 500_000_000  # of a reference, as in jaxdit.sample
+MAX_PIXELS = 500_000_000  # of a reference, as in conditions.py
 
 
 def command(workdir: Path) -> list[str]:

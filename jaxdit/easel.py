@@ -5,7 +5,6 @@ Whatever people write reaches the page as text or as an attribute, never as HTML
 
 from __future__ import annotations
 
-import base64
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from nicegui import run, ui
 
 from encode.records import InputError
 from jaxdit import cabinet, desk, sampler, wishes
+from jaxdit.page import jpeg
 
 SHOWN = 24  # pictures of the gallery, and as many more at each wish
 TICK = 0.25  # seconds
@@ -284,7 +284,7 @@ class Easel:
                     _set(image, alt="Not drawn")
                     image.classes(remove="wait soon")
                 elif view is not None:
-                    _set(image, src=_data(view), alt="Being drawn")
+                    _set(image, src=jpeg(view), alt="Being drawn")
                     image.classes(remove="wait", add="soon")
 
     def _leave(self) -> None:
@@ -365,10 +365,6 @@ def _set(element: Any, **props: str) -> None:
 
 def _when_chosen(image: Any, do: Callable[[], None]) -> None:
     image.props("tabindex=0").on("click", do).on("keydown.enter", do).on("keydown.space.prevent", do)
-
-
-def _data(jpeg: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
 
 def _shape(bucket: str) -> str:

@@ -14,7 +14,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed, and the ca
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import contextlib
-import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -27,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from encode import commandline
 from encode.records import InputError, read_json, write_json
-from jaxdit import card, checkpoint, model, state_dict, trained
+from jaxdit import card, checkpoint, model, seal, state_dict, trained
 
 ROOT = Path(__file__).parents[1]
 MARK = "export.json"  # what makes a folder ours
@@ -109,7 +108,7 @@ def take_in(folder: Path, workdir: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise InputError(f"--import={folder}: {name} is missing; export the model again.")
-        if _sha256(path) != record["files"].get(name):
+        if seal.sha256(path) != record["files"].get(name):
             raise InputError(f"--import={folder}: {name} is not what was exported (its SHA-256 differs); export again.")
     config, dataset = trained.describe(folder / "training")
     _, shapes = model.abstract(trained.model_settings(config["model"], dataset["widths"]))
@@ -153,7 +152,7 @@ def refuse_strangers(out: Path) -> None:
         name = path.relative_to(out).as_posix()
         if path.is_dir() or "__pycache__" in path.parts or name in (MARK, f"model/{MARK}"):
             continue
-        if name not in files or _sha256(path) != files[name]:
+        if name not in files or seal.sha256(path) != files[name]:
             changed.append(name)
     if changed:
         raise InputError(
@@ -280,7 +279,7 @@ def _mark(folder: Path, record: Mapping[str, Any]) -> None:
     """export.json, written last: the record, and the SHA-256 of every file."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     write_json(
-        folder / MARK, {**record, "files": {path.relative_to(folder).as_posix(): _sha256(path) for path in paths}}
+        folder / MARK, {**record, "files": {path.relative_to(folder).as_posix(): seal.sha256(path) for path in paths}}
     )
 
 
@@ -320,11 +319,6 @@ def _replacing(target: Path) -> Iterator[Path]:
             os.rename(old, target)
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 COMFYUI = """# {name}: a node for ComfyUI

@@ -21,6 +21,7 @@ import numpy as np
 
 from encode.records import InputError, publish, write_json
 from jaxdit import data, decode_previews, trained
+from jaxdit.quiet import first_line
 
 MOST_BUCKETS = 3  # each shape of picture is one program to compile
 CONDITIONS = ("text", "text_length", "vision", "drop_text", "drop_vision")
@@ -48,7 +49,7 @@ def read(folder: Path, info: Mapping[str, Any], config: Any) -> FixedSet | None:
         if {len(pictures)} != {len(values) for values in (buckets, *fixed.conditions.values())}:
             raise ValueError("previews.json and conditions.npz differ in length")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        logging.warning("Previews: %s cannot be read (%s); they are chosen anew.", folder, _first_line(error))
+        logging.warning("Previews: %s cannot be read (%s); they are chosen anew.", folder, first_line(error))
         return None
     told = _run(info), _run(info, buckets=sorted(info["buckets"]))  # the latter until November 2026
     if run not in told:  # left by a run that was given up before its first step
@@ -201,7 +202,3 @@ def _run(info: Mapping[str, Any], **more: Any) -> str:
 def _asked(config: Any) -> str:
     sample = config.sample
     return json.dumps([sample.previews, list(sample.prompts), list(sample.references)])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

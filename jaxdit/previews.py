@@ -19,6 +19,7 @@ import numpy as np
 
 from encode.records import publish
 from jaxdit import data, decode_previews, preview_set, sampler, trained
+from jaxdit.quiet import first_line
 
 PATIENCE = (
     300.0  # seconds for the pictures of the last step: eight of 1024 x 1024 on a desktop's cores, while nothing trains
@@ -79,7 +80,7 @@ class Previews:
             self._resting = False
             self._look_after_child()
         except Exception as error:  # no memory for the program, a full disk: the run is worth more than a picture
-            self._say(f"no previews could be drawn ({_first_line(error)}); training goes on", step)
+            self._say(f"no previews could be drawn ({first_line(error)}); training goes on", step)
 
     def finished(self) -> list[tuple[int, dict[str, np.ndarray]]]:
         """What has been decoded since the last call: [(step, {name: [height, width, 3] uint8})]."""
@@ -91,7 +92,7 @@ class Previews:
             try:
                 done.append((step, _read_pictures(self.folder / str(step), self._fixed.pictures)))
             except (OSError, ValueError) as error:
-                self._say(f"the decoded previews cannot be read ({_first_line(error)})", step)
+                self._say(f"the decoded previews cannot be read ({first_line(error)})", step)
         self._look_after_child()
         return done
 
@@ -188,7 +189,7 @@ class Previews:
                 )
         except OSError as error:
             self._resting = True
-            self._say(f"the decoder of previews cannot be started ({_first_line(error)})")
+            self._say(f"the decoder of previews cannot be started ({first_line(error)})")
 
     def _reason(self, code: int) -> str:
         if code < 0:
@@ -219,7 +220,3 @@ def _read_pictures(folder: Path, pictures: Sequence[Mapping[str, str]]) -> dict[
 
     names = [picture["name"] for picture in pictures]
     return {name: np.asarray(Image.open(folder / f"{name}.png").convert("RGB")) for name in names}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

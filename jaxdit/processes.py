@@ -6,9 +6,12 @@ clock, a signal or a disk is one process's, and is made everybody's here before 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -164,24 +167,52 @@ def place(values: Any, sharding: jax.sharding.Sharding) -> Any:
         return jax.tree.map(lambda value: jax.make_array_from_process_local_data(sharding, value), values)
 
 
-class Wishes:
-    """Wishes that each process has by itself (a signal, a clock) as what all know, without waiting for the devices.
+class StopOnSignal:
+    """`requested` becomes true at SIGTERM, SIGINT or SIGHUP; Ctrl-C more than a second later ends the process at once.
+
+    All else is the same wish: Ctrl-C reaches a script and its child, and the script passes it on as well; so does a scheduler
+    that preempts; a terminal that is closed takes both along (SIGHUP, unless nohup keeps it off).
+    """
+
+    def __init__(self, event: threading.Event):
+        self.requested, self._at, self._event = False, 0.0, event  # the event is set with it
+        heard = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            heard.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._stop) for number in heard}
+
+    def _stop(self, number, frame):
+        if not self.requested:
+            logging.info("Asked to stop: saving. (Once more ends the process without saving.)")
+            self.requested, self._at = True, time.monotonic()
+            self._event.set()
+        elif number == signal.SIGINT and time.monotonic() - self._at > 1:
+            self.close()
+            signal.raise_signal(number)
+
+    def close(self):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Requests:
+    """What each process asks for by itself (after a signal, by a clock) as what all know, without waiting for the devices.
 
     With many processes an answer is that to the question before: it has been on its way while the devices worked.
     """
 
     def __init__(self, divided: jax.sharding.Sharding, everywhere: jax.sharding.Sharding):
         self._divided, self._on_its_way = divided, None
-        self._any = jax.jit(lambda wishes: wishes.max(0), out_shardings=everywhere)
+        self._any = jax.jit(lambda requests: requests.max(0), out_shardings=everywhere)
 
-    def agree(self, *wishes: bool) -> tuple[bool, ...]:
-        """Whether any process has each of these wishes; called by all of them alike."""
+    def agree(self, *requests: bool) -> tuple[bool, ...]:
+        """Whether any process has each of these requests; called by all of them alike."""
         if not many():
-            return wishes
+            return requests
         answer = self._on_its_way
-        rows = np.tile(np.array(wishes, np.int32), (jax.local_device_count(), 1))
+        rows = np.tile(np.array(requests, np.int32), (jax.local_device_count(), 1))
         self._on_its_way = self._any(place(rows, self._divided))
-        return (False,) * len(wishes) if answer is None else tuple(map(bool, jax.device_get(answer)))
+        return (False,) * len(requests) if answer is None else tuple(map(bool, jax.device_get(answer)))
 
     def forget(self) -> None:
         """What is on its way has been fulfilled."""

@@ -19,14 +19,11 @@ from encode.records import InputError, publish
 from jaxdit import gallery, health
 from jaxdit.charts import Line, chart, grid, stretches
 from jaxdit.metrics import date, duration
-from jaxdit.page import amount, escape, fold, page, rich_table, section, size, strip, table, tiles
+from jaxdit.page import amount, escape, fold, page, rich_table, section, size, table, tiles
 from jaxdit.standing import Standing, look
-
-__all__ = ["escape", "page", "strip", "table", "update", "write"]  # the first four are what validate.py builds with
 
 CHANGES = 24  # rows of a table of what changed
 CALM = {"young": "Too few rows to know what is usual.", "hairy": "Usual for small batches: nothing to do."}
-CONDITIONS = ("time", "vision", "text", "null_vision", "null_text", "modulation", "cross_attention")
 
 
 def update(workdir: str | Path) -> Path | None:
@@ -250,7 +247,7 @@ def insides(run: Standing) -> str:
     c, steps = run.columns, run.columns["step"]
 
     def each(kind: str) -> list[Line]:
-        return [Line(name.replace("_", " "), c[f"{kind}/{name}"], x) for name, x in zip(CONDITIONS, "abcdefg")]
+        return [Line(name.replace("_", " "), c[f"{kind}/{name}"], x) for name, x in zip(health.CONDITIONS, "abcdefg")]
 
     return grid(
         chart("Gradient of the conditioning", steps, each("grad"), log=True),

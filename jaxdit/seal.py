@@ -18,7 +18,7 @@ NAME = "seal.json"
 def put(step: Path) -> None:
     """Seal the folder of a complete step; a second or so for each 2 GB."""
     files = sorted(path for path in step.rglob("*") if path.is_file() and path.name != NAME)
-    digests = {path.relative_to(step).as_posix(): _digest(path) for path in files}
+    digests = {path.relative_to(step).as_posix(): sha256(path) for path in files}
     write_json(step / NAME, {"saved": time.time(), "files": digests})
 
 
@@ -33,7 +33,7 @@ def verify(step: Path, items: Collection[str]) -> None:
             path = step / name
             if not path.is_file():
                 raise ValueError(f"{name} is missing")
-            if _digest(path) != digest:
+            if sha256(path) != digest:
                 raise ValueError(f"{name} is not what was saved: its SHA-256 differs")
 
 
@@ -50,6 +50,6 @@ def _read(step: Path) -> dict:
         return {}
 
 
-def _digest(path: Path) -> str:
+def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -153,7 +153,7 @@ class Standing:
         ]
 
 
-def look(workdir: Path, now: datetime | None = None) -> Standing:
+def look(workdir: Path) -> Standing:
     """Read a working folder; nothing in it makes this fail."""
     problems: list[str] = []
     config, dataset, origin = (
@@ -162,7 +162,7 @@ def look(workdir: Path, now: datetime | None = None) -> Standing:
     columns = metrics.columns(workdir)
     saved = _checkpoints(workdir, problems)
     path = workdir / "metrics.jsonl"
-    now = now or datetime.now()
+    now = datetime.now()
     as_of = datetime.fromtimestamp(path.stat().st_mtime) if path.exists() else now
     return Standing(
         workdir, config, dataset, origin, columns, _lines(workdir / "config_history.jsonl", problems), saved,

@@ -10,8 +10,6 @@ import contextlib
 import json
 import logging
 import shutil
-import signal
-import threading
 import time
 import zlib
 from collections import deque
@@ -119,15 +117,16 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     optimizer = optim.of_config(config.optim, schedule)
 
     # What is compiled: one `accumulate` a bucket and length of text, one `judge` a bucket, one `change`.
-    options, seed, whole = dict(config.flow), config.train.seed, mesh.gathering(devices, graph, shapes)
+    flow_options, seed = dict(config.flow), config.train.seed
+    gathering_graph = mesh.gathering(devices, graph, shapes)
     fresh = partial(update.new_state, settings, optimizer, seed)
     zeros, accumulate, change, judge = mesh.compiled(
         devices,
         jax.eval_shape(fresh),
         new_total=partial(update.new_total, separate=trained.separate(settings), dtype=settings["dtype"]),
-        accumulate=partial(update.accumulate_gradients, whole, options, seed),
+        accumulate=partial(update.accumulate_gradients, gathering_graph, flow_options, seed),
         change=partial(update.apply_update, optimizer, schedule, config.optim.ema_decay, config.train.batch_size),
-        judge=partial(heldout.losses, whole, options),
+        judge=partial(heldout.losses, gathering_graph, flow_options),
     )
 
     # Every process plans the same micro-batches, and reads the rows that lie on its devices.
@@ -136,7 +135,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
         dataset, seed=seed, micro_batch=config.train.micro_batch, flip=config.flow.flip, places=places
     )  # fmt: skip
     saver = checkpoint.Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
-    step, state, kept = begin(config, workdir, fresh, optimizer, saver, shapes, devices)
+    step, state, kept = begin(config, workdir, fresh, optimizer, saver, devices)
     if kept:
         batches.set_state(kept["position"])
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))  # with one saved already, the next takes its place
@@ -151,16 +150,13 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
         peak=estimate.peak_flops(jax.devices()[0].device_kind, settings["dtype"], jax.device_count()),
     )
     teller = Teller(config, log, clock, rows, saver, sum(map(len, dataset.train.values())))
-    drawn = config.sample.previews > 0
-    pictures = previews.Previews(workdir, dataset, config, graph) if drawn and log else None
-    budget, stop, saved_at = Budget(config.train.eval_budget), StopOnSignal(dataset.closing), time.monotonic()
-    wishes, stopping = processes.Wishes(divided, everywhere), False
+    previewing = config.sample.previews > 0
+    pictures = previews.Previews(workdir, dataset, config, graph) if previewing and log else None
+    budget, stop, saved_at = Budget(config.train.eval_budget), processes.StopOnSignal(dataset.closing), time.monotonic()
+    requests, stopping = processes.Requests(divided, everywhere), False
     micro_batches = config.train.batch_size // config.train.micro_batch
     compiled: set[Any] = set()
-    # A stop that met an evaluation dropped it: it is made up for after the next step.
-    owed = bool(step and config.train.eval_every and step % config.train.eval_every == 0)
-    owed = owed and not (log and log.last and log.last["step"] == step and "eval_seconds" in log.last)
-    owed = processes.of_first(owed)
+    owed = processes.of_first(_owes_evaluation(config.train.eval_every, step, log.last if log else None))
     pending, position = None, batches.get_state()
 
     def save():
@@ -179,7 +175,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
             saver.save(step, *_split_ema(state), beside)
         if log:
             report.update(workdir)
-        wishes.forget()
+        requests.forget()
         clock.skip(time.monotonic() - began)
 
     def late():
@@ -187,20 +183,53 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
         since = time.monotonic() - saved_at
         return processes.first() and since > (TRY_AGAIN if saver.failures else 60 * config.checkpoint.minutes)
 
+    def evaluate():
+        """The losses on held-out images and the seconds that they took, for this step's row; {} where a stop ended it."""
+        jax.block_until_ready(state)
+        began = time.monotonic()
+        found = heldout.evaluate(
+            judge,
+            {"ema": state["ema"], "raw": state["params"]},
+            dataset,
+            batch_size=config.train.micro_batch,
+            images=config.train.eval_images,
+            places=places,
+            place=lambda value: processes.place(value, divided),
+            everywhere=lambda value: processes.place(value, everywhere),
+            stopped=lambda: processes.anyone(stop.requested),
+        )
+        seconds = budget.spent("evaluation", time.monotonic() - began)
+        clock.skip(seconds)
+        return {} if found is None else found | {"eval_seconds": seconds}
+
+    def preview():
+        """Draw the previews: every process gives its part of the averaged weights, the first one draws."""
+        began = time.monotonic()
+        with jax.transfer_guard("allow"):
+            averaged = mesh.on_one(devices, state["ema"])
+            if pictures:
+                pictures.draw(step, averaged)
+        clock.skip(budget.spent("previews", time.monotonic() - began))
+
+    def show_finished():
+        """Put the previews that the child has decoded into the log."""
+        for drawn_at, found in pictures.finished() if pictures else ():
+            log.pictures(drawn_at, found)
+
     try:
         with jax.transfer_guard("disallow"):  # an implicit copy between host and device is an error, not a slow run
             while step < config.train.total_steps:
                 total = zeros(state["params"])
                 flops = 0.0
                 for micro_batch in range(micro_batches):
-                    stopping, saving = wishes.agree(stop.requested, late())
+                    stopping, saving = requests.agree(stop.requested, late())
                     if stopping:
                         break
                     began = time.monotonic()
                     batch = next(batches)
                     clock.waited(time.monotonic() - began)
-                    bucket, tokens = batch.pop("bucket"), batch["text"].shape[1]
-                    batch.pop("rows")
+                    bucket, _ = batch.pop("bucket"), batch.pop("rows")  # what is left goes to the devices
+                    tokens = batch["text"].shape[1]
                     flops += config.train.micro_batch * estimate.training_flops(
                         settings, batch["latent"].shape[1:], tokens
                     )
@@ -233,38 +262,16 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
                 last = step == config.train.total_steps
                 judged = owed or (config.train.eval_every and (step % config.train.eval_every == 0 or last))
                 if judged and processes.of_first(budget.allows("evaluation", last)):
-                    jax.block_until_ready(state)
-                    began = time.monotonic()
-                    found = heldout.evaluate(
-                        judge,
-                        {"ema": state["ema"], "raw": state["params"]},
-                        dataset,
-                        batch_size=config.train.micro_batch,
-                        images=config.train.eval_images,
-                        places=places,
-                        place=lambda value: processes.place(value, divided),
-                        everywhere=lambda value: processes.place(value, everywhere),
-                        stopped=lambda: processes.anyone(stop.requested),
-                    )
-                    seconds = budget.spent("evaluation", time.monotonic() - began)
-                    clock.skip(seconds)
-                    if found is not None:
-                        pending |= found | {"eval_seconds": seconds}
-                        owed = False
+                    found = evaluate()
+                    pending |= found
+                    owed = owed and not found
                 due = step % config.checkpoint.every == 0 or last
                 if saving or (due and not saver.failures) or last:
                     save()
                     saved_at = time.monotonic()
-                if due and drawn and processes.of_first(not stop.requested and budget.allows("previews", last)):
-                    began = time.monotonic()
-                    with jax.transfer_guard("allow"):
-                        averaged = mesh.on_one(devices, state["ema"])
-                        if pictures:
-                            pictures.draw(step, averaged)
-                    clock.skip(budget.spent("previews", time.monotonic() - began))
-                if pictures:
-                    for drawn_at, found in pictures.finished():
-                        log.pictures(drawn_at, found)
+                if due and previewing and processes.of_first(not stop.requested and budget.allows("previews", last)):
+                    preview()
+                show_finished()
     except DatasetError:
         if step > 0 and not processes.many():  # of many, one knows of it, and none can save alone
             save()  # the data are damaged, not the run
@@ -278,8 +285,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
             saver.landed(step)
         if pictures:
             pictures.close(0.0 if stopping or stop.requested else previews.PATIENCE)
-            for drawn_at, found in pictures.finished():
-                log.pictures(drawn_at, found)
+        show_finished()
         processes.everyone(0)  # none leaves before the last is ready to
     finally:
         dataset.closing.set()
@@ -298,7 +304,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     return "done"
 
 
-def begin(config, workdir, fresh, optimizer, saver, shapes, devices):
+def begin(config, workdir, fresh, optimizer, saver, devices):
     """(step, state, what was kept beside it): from the newest checkpoint, from where the run comes from, or new ({})."""
     wanted = mesh.placed(devices, jax.eval_shape(fresh))  # shapes alone: two states at once would not fit
     lying = mesh.shardings(devices, wanted)
@@ -363,32 +369,10 @@ class Budget:
         return seconds
 
 
-class StopOnSignal:
-    """`requested` becomes true at SIGTERM, SIGINT or SIGHUP; Ctrl-C more than a second later ends the process at once.
-
-    All else is the same wish: Ctrl-C reaches a script and its child, and the script passes it on as well; so does a scheduler
-    that preempts; a terminal that is closed takes both along (SIGHUP, unless nohup keeps it off).
-    """
-
-    def __init__(self, event: threading.Event):
-        self.requested, self._at, self._event = False, 0.0, event  # the event is set with it
-        heard = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            heard.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._stop) for number in heard}
-
-    def _stop(self, number, frame):
-        if not self.requested:
-            logging.info("Asked to stop: saving. (Once more ends the process without saving.)")
-            self.requested, self._at = True, time.monotonic()
-            self._event.set()
-        elif number == signal.SIGINT and time.monotonic() - self._at > 1:
-            self.close()
-            signal.raise_signal(number)
-
-    def close(self):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+def _owes_evaluation(every, step, last_row):
+    """Whether a stop met the evaluation that was due at `step` and dropped it: it is made up for after the next step."""
+    due = bool(step and every and step % every == 0)
+    return due and not (last_row and last_row["step"] == step and "eval_seconds" in last_row)
 
 
 def _split_ema(state):

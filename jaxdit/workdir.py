@@ -136,13 +136,12 @@ def is_new(workdir: Path) -> bool:
     return not (workdir / "config.json").exists() or not (rows or any((workdir / "checkpoints").glob("*")))
 
 
-def claim(
-    workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any], start: dict[str, Any] | None
-) -> dict[str, Any]:
+def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any], start: dict[str, Any] | None) -> None:
     """Take a new working folder, or make sure that an old one was begun with this configuration and data.
 
     Writes config.json, dataset.json (copies, so that the folder can be sampled alone) and origin.json; changes of the
-    fields that may change go to config_history.jsonl.
+    fields that may change go to config_history.jsonl. Of grown data the copy has the statistics that the run's checkpoints
+    were trained with.
 
     Args:
       workdir: the folder, locked.
@@ -150,9 +149,6 @@ def claim(
       data_path: OUT/RES.
       dataset: its dataset.json.
       start: of `origin.look`, for a new folder.
-
-    Returns:
-      the data set as this folder sees it: grown, but with the statistics that its checkpoints were trained with.
     """
     for name, info in dataset["buckets"].items():
         if any(side % config.model.patch for side in info["latent"][:2]):
@@ -183,7 +179,7 @@ def claim(
         write_json(workdir / "dataset.json", dataset)
         write_json(workdir / "origin.json", start or {})
         write_json(path, now)
-        return dataset
+        return
     try:
         before = _begun_with(path)
     except ValueError as error:
@@ -198,7 +194,6 @@ def claim(
         write_json(path, now)
     if dataset != copy:
         write_json(workdir / "dataset.json", dataset)
-    return dataset
 
 
 def _copy(workdir: Path) -> dict[str, Any]:

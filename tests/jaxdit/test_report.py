@@ -105,7 +105,7 @@ def month():
     noise = np.exp(chance.normal(0, 0.02, (ROWS, 40)))
     norm = (0.25 + np.exp(-steps / 3000)) * noise[:, 1] ** 8
     norm[30_000] *= 40
-    projections = report.CONDITIONS
+    projections = health.CONDITIONS
     for i, step in enumerate(steps.tolist()):
         if i in MISSING:
             continue
@@ -370,16 +370,12 @@ def test_the_gate_is_taken_in_and_a_large_one_is_led_to(tmp_path):
     workdir = folder(tmp_path / "run")
     (workdir / "gate").mkdir()
     pixels = np.zeros((900, 700, 3), np.uint8)
-    body = (
-        "<p class='verdict pass'>pass</p>"
-        + report.table(["check"], [["a<b"]])
-        + report.strip("x & y", [("it", pixels)])
-    )
-    (workdir / "gate" / "gate.html").write_text(report.page("The gate", body))
+    body = "<p class='verdict pass'>pass</p>" + page.table(["check"], [["a<b"]]) + page.strip("x & y", [("it", pixels)])
+    (workdir / "gate" / "gate.html").write_text(page.page("The gate", body))
     (workdir / "gate" / "gate.json").write_text('{"verdict": "pass"}')
     html = safe(report.write(workdir).read_text())
     assert body in html and html.count("<h1>") == 1 and "a&lt;b" in html
-    (workdir / "gate" / "gate.html").write_text(report.page("The gate", body + "x" * gallery.LARGE))
+    (workdir / "gate" / "gate.html").write_text(page.page("The gate", body + "x" * gallery.LARGE))
     out = tmp_path / "elsewhere" / "page.html"
     html = safe(report.write(workdir, out=out).read_text())
     assert 'href="../run/gate/gate.html"' in html and '<p class="verdict pass">pass</p>' in html and len(html) < 30_000
