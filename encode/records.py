@@ -280,7 +280,7 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); {advice}.") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged (no JSON object); {advice}.")

@@ -122,7 +122,7 @@ class _Work:
     def texts(self, prompts: Sequence[str]) -> None:
         fingerprint = self.dataset["fingerprint"]["text"]
         keys = {prompt: self.cache.key("text", fingerprint, prompt) for prompt in prompts}
-        stored = {prompt: self.cache.get(key) for prompt, key in keys.items()}
+        stored = {prompt: self.cache.get(key, "text", "cut") for prompt, key in keys.items()}
         missing = [prompt for prompt in prompts if stored[prompt] is None]
         if missing:
             encoder = self._load("text")
@@ -166,7 +166,7 @@ class _Work:
         cache = self.cache if fingerprint != PRECOMPUTED else Cache(None)
         for name in names:
             key = cache.key("vision", fingerprint, self.hashes.get(name, ""))
-            if (stored := cache.get(key)) is not None:
+            if (stored := cache.get(key, "vision")) is not None:
                 self.found["vision", name] = stored["vision"]
                 continue
             if encoder is None:
@@ -199,7 +199,9 @@ class _Work:
     def _vector(self, path: Path) -> np.ndarray:
         try:
             vector = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            if not isinstance(vector, np.ndarray):
+                raise ValueError("an archive of several arrays")
+        except (Exception, MemoryError) as error:  # its header is read as Python, its shape may be any
             raise ValueError(f"not a file of numbers that NumPy reads without pickle ({first_line(error)})") from error
         width = self.dataset["widths"]["vision"]
         if vector.size != width or vector.shape not in ((width,), (1, width)) or vector.dtype.kind not in "fiu":
@@ -219,7 +221,7 @@ class _Work:
             if ("init", place) in self.found or ("init", place) in self.failed:
                 continue
             key = self.cache.key("init", fingerprint, self.hashes.get(name, ""), size)
-            if (stored := self.cache.get(key)) is not None:
+            if (stored := self.cache.get(key, "init")) is not None:
                 self.found["init", place] = stored["init"]
                 continue
             _refuse_another("vae", vae, self.dataset)
@@ -258,7 +260,7 @@ class _Work:
 def find_ids(source: data.Dataset, cache: Cache) -> dict[str, tuple[str, int]]:
     """{id: (bucket, row)} of a data set; read from its records once, since its index has no names."""
     key = cache.key("ids", str(source.path.resolve()), hashlib.sha256(json.dumps(source.info).encode()).hexdigest())
-    stored = cache.get(key)
+    stored = cache.get(key, "ids", "places")
     if stored is None:
         count = sum(len(rows) for rows in source.index.values())
         if count > 2000:

@@ -158,7 +158,9 @@ class Desk:
         """
         job = self._job(order)
         with self._changed:
-            if self._stopping or len(self._waiting) >= WAITING:
+            if self._stopping:
+                raise InputError("The page is being closed; start it again.")
+            if len(self._waiting) >= WAITING:
                 raise InputError(f"{len(self._waiting)} orders are waiting already; try again in a while.")
             self._waiting.append(job)
             self._changed.notify_all()
@@ -336,7 +338,7 @@ class Desk:
         hashes = said["reference_hash"].split(" + ") if said.get("reference_hash") else []
         found = tuple(filter(None, map(self.cabinet.reference_of, filter(None, hashes))))
         if len(found) < len(hashes) or (said.get("reference") and not hashes):
-            notes.append(f"The reference ({said['reference']}) is not in this gallery.")
+            notes.append(f"The reference ({said.get('reference', 'unknown')}) is not in this gallery.")
         if said.get("init"):
             notes.append("It was begun from a picture, which the page does not do; jaxdit.sample --init does.")
         raw, step = said.get("weights") == "raw", int(_number(said.get("step"), self.step))

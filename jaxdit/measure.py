@@ -8,14 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
 from encode import records
-from jaxdit import heldout, mesh, model, optim, trained, update
+from jaxdit import mesh, programs
 
 UPDATES = 20
 PATIENCE, AT_LEAST = 300.0, 3  # seconds, after which so many updates are enough: at 1024 one takes a minute
@@ -49,32 +48,14 @@ def measure(config: Any, buckets: Sequence[Bucket], widths: Mapping[str, int]) -
     """
     devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
     everywhere, divided = mesh.replicated(devices), mesh.over_batch(devices)
-    settings = trained.model_settings(config.model, widths, devices.shape["fsdp"])
-    graph, shapes = model.abstract(settings)
-    whole = mesh.gathering(devices, graph, shapes)
-    schedule = optim.learning_rate(
-        peak=config.optim.peak_learning_rate, end=config.optim.end_learning_rate, warmup=1, total=UPDATES
-    )
-    optimizer = optim.of_config(config.optim, schedule)
-    seed, decay, batch_size = config.train.seed, config.optim.ema_decay, config.train.batch_size
-    # The functions of the training loop, compiled as there.
-    fresh = partial(update.new_state, settings, optimizer, seed)
-    state = jax.eval_shape(fresh)
-    zeros, accumulate, change, _ = mesh.compiled(
-        devices,
-        state,
-        new_total=partial(update.new_total, separate=trained.separate(settings), dtype=settings["dtype"]),
-        accumulate=partial(update.accumulate_gradients, whole, dict(config.flow), seed),
-        change=partial(update.apply_update, optimizer, schedule, decay, batch_size),
-        judge=partial(heldout.losses, whole, dict(config.flow)),
-    )
-    initial = jax.jit(fresh, out_shardings=mesh.shardings(devices, state))
+    made = programs.of(config, widths, devices)
+    initial = jax.jit(made.fresh, out_shardings=mesh.shardings(devices, jax.eval_shape(made.fresh)))
     found = {}
     for bucket in buckets:
         try:
             batch = jax.device_put(noise(bucket, widths, config.train.micro_batch), divided)
             where = jax.device_put(np.zeros(2, np.int32), everywhere)
-            found[bucket.name] = _measure((initial, zeros, accumulate, change), batch, where, config.train)
+            found[bucket.name] = _measure(made, initial, batch, where, config.train)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -82,18 +63,17 @@ def measure(config: Any, buckets: Sequence[Bucket], widths: Mapping[str, int]) -
     return found
 
 
-def _measure(functions, batch, where, train) -> Measured:
-    initial, zeros, accumulate, change = functions
+def _measure(made: programs.Programs, initial, batch, where, train) -> Measured:
     state = initial()
-    total = zeros(state["params"])
-    accumulate = accumulate.lower(state["params"], total, batch, where).compile()
-    change = change.lower(state, total).compile()
+    total = made.zeros(state["params"])
+    accumulate = made.accumulate.lower(state["params"], total, batch, where).compile()
+    change = made.change.lower(state, total).compile()
     updates, began, before = 0, 0.0, None
     while updates < UPDATES + 1 and (updates <= AT_LEAST or time.monotonic() - began < PATIENCE):
         for _ in range(train.batch_size // train.micro_batch):
             total = accumulate(state["params"], total, batch, where)
         state, row = change(state, total)
-        total, updates = zeros(state["params"]), updates + 1
+        total, updates = made.zeros(state["params"]), updates + 1
         if updates == 1:  # not counted: it touches all memory for the first time
             jax.block_until_ready(state)
             began = time.monotonic()

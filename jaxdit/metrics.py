@@ -173,7 +173,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
         for line in file:
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             step = row.get("step") if isinstance(row, dict) else None
             yield line, row if type(step) is int and 0 <= step < 2**53 else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +16,7 @@ from jaxdit import health, metrics, seal
 
 RECENT = 200  # rows that the present rate is taken over
 QUIET = 1800.0  # seconds without a row after which a run may have stopped
+LARGEST = 1e300  # of a number in a file of the folder: none of ours comes near
 LEVELS = ("unknown", "good", "watch", "act")
 
 
@@ -207,7 +207,7 @@ def read(path: Path, problems: list[str]) -> Mapping[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path.name} cannot be read ({error}).")
         return {}
     return value if isinstance(value, dict) else {}
@@ -219,7 +219,7 @@ def _lines(path: Path, problems: list[str]) -> list[Mapping[str, Any]]:
         for line in path.read_bytes().splitlines() if path.exists() else ():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             rows += [row] if isinstance(row, dict) else []
             damaged += not isinstance(row, dict)
@@ -233,5 +233,5 @@ def _lines(path: Path, problems: list[str]) -> list[Mapping[str, Any]]:
 def _number(values: Any, *names: str) -> float | None:
     for name in names:
         values = values.get(name) if isinstance(values, Mapping) else None
-    good = isinstance(values, int | float) and not isinstance(values, bool) and math.isfinite(values)
+    good = isinstance(values, int | float) and not isinstance(values, bool) and abs(values) < LARGEST
     return values if good else None

@@ -13,7 +13,6 @@ import shutil
 import time
 import zlib
 from collections import deque
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,14 @@ from jaxdit import (
     heldout,
     mesh,
     metrics,
-    model,
     optim,
     order,
     origin,
     previews,
     processes,
+    programs,
     report,
     startup,
-    trained,
-    update,
 )
 from jaxdit import workdir as folder
 from jaxdit.teller import JUDGED, Teller
@@ -104,38 +101,17 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     """The run itself, in a working folder that is ours; see `train`."""
     # Micro-batches are divided over all devices, the state is cut over those of the axis fsdp.
     everywhere, divided = mesh.replicated(devices), mesh.over_batch(devices)
-    settings = trained.model_settings(config.model, dataset.info["widths"], devices.shape["fsdp"])
-    graph, shapes = model.abstract(settings)
+    made = programs.of(config, dataset.info["widths"], devices)
     if processes.first():
-        startup.announce(config, dataset, settings, shapes, origin.read(workdir), workdir, devices)
-    schedule = optim.learning_rate(
-        peak=config.optim.peak_learning_rate,
-        end=config.optim.end_learning_rate,
-        warmup=optim.warmup_updates(config.optim.warmup_steps, config.train.total_steps),
-        total=config.train.total_steps,
-    )
-    optimizer = optim.of_config(config.optim, schedule)
-
-    # What is compiled: one `accumulate` a bucket and length of text, one `judge` a bucket, one `change`.
-    flow_options, seed = dict(config.flow), config.train.seed
-    gathering_graph = mesh.gathering(devices, graph, shapes)
-    fresh = partial(update.new_state, settings, optimizer, seed)
-    zeros, accumulate, change, judge = mesh.compiled(
-        devices,
-        jax.eval_shape(fresh),
-        new_total=partial(update.new_total, separate=trained.separate(settings), dtype=settings["dtype"]),
-        accumulate=partial(update.accumulate_gradients, gathering_graph, flow_options, seed),
-        change=partial(update.apply_update, optimizer, schedule, config.optim.ema_decay, config.train.batch_size),
-        judge=partial(heldout.losses, gathering_graph, flow_options),
-    )
+        startup.announce(config, dataset, made.settings, made.shapes, origin.read(workdir), workdir, devices)
 
     # Every process plans the same micro-batches, and reads the rows that lie on its devices.
     places = processes.own_rows(divided, config.train.micro_batch)
     batches = data.training_batches(
-        dataset, seed=seed, micro_batch=config.train.micro_batch, flip=config.flow.flip, places=places
+        dataset, seed=config.train.seed, micro_batch=config.train.micro_batch, flip=config.flow.flip, places=places
     )  # fmt: skip
     saver = checkpoint.Checkpoints(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
-    step, state, kept = begin(config, workdir, fresh, optimizer, saver, devices)
+    step, state, kept = begin(config, workdir, made, saver, devices)
     if kept:
         batches.set_state(kept["position"])
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))  # with one saved already, the next takes its place
@@ -147,11 +123,11 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     rows = list(deque(metrics.rows(workdir), JUDGED))
     clock = metrics.Clock(
         start_seconds=max(log.seconds if log else 0.0, kept.get("metrics", {}).get("seconds", 0.0)),
-        peak=estimate.peak_flops(jax.devices()[0].device_kind, settings["dtype"], jax.device_count()),
+        peak=estimate.peak_flops(jax.devices()[0].device_kind, made.settings["dtype"], jax.device_count()),
     )
     teller = Teller(config, log, clock, rows, saver, sum(map(len, dataset.train.values())))
     previewing = config.sample.previews > 0
-    pictures = previews.Previews(workdir, dataset, config, graph) if previewing and log else None
+    pictures = previews.Previews(workdir, dataset, config, made.graph) if previewing and log else None
     budget, stop, saved_at = Budget(config.train.eval_budget), processes.StopOnSignal(dataset.closing), time.monotonic()
     requests, stopping = processes.Requests(divided, everywhere), False
     micro_batches = config.train.batch_size // config.train.micro_batch
@@ -188,7 +164,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
         jax.block_until_ready(state)
         began = time.monotonic()
         found = heldout.evaluate(
-            judge,
+            made.judge,
             {"ema": state["ema"], "raw": state["params"]},
             dataset,
             batch_size=config.train.micro_batch,
@@ -219,7 +195,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     try:
         with jax.transfer_guard("disallow"):  # an implicit copy between host and device is an error, not a slow run
             while step < config.train.total_steps:
-                total = zeros(state["params"])
+                total = made.zeros(state["params"])
                 flops = 0.0
                 for micro_batch in range(micro_batches):
                     stopping, saving = requests.agree(stop.requested, late())
@@ -231,7 +207,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
                     bucket, _ = batch.pop("bucket"), batch.pop("rows")  # what is left goes to the devices
                     tokens = batch["text"].shape[1]
                     flops += config.train.micro_batch * estimate.training_flops(
-                        settings, batch["latent"].shape[1:], tokens
+                        made.settings, batch["latent"].shape[1:], tokens
                     )
                     where = processes.place(
                         np.array([step, micro_batch * config.train.micro_batch], np.int32), everywhere
@@ -240,7 +216,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
                         logging.info(
                             "Compiling the step for %s, captions of %d tokens: up to two minutes, once.", bucket, tokens
                         )
-                    total = accumulate(state["params"], total, processes.place(batch, divided), where)
+                    total = made.accumulate(state["params"], total, processes.place(batch, divided), where)
                     if (bucket, tokens) not in compiled:  # the first call of each shape compiles: not a rate to report
                         jax.block_until_ready(total)
                         compiled.add((bucket, tokens))
@@ -248,11 +224,11 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
                 if stopping:
                     break  # the update in hand is dropped: a resumed run makes it again, bit for bit
                 began = time.monotonic()
-                state, row = change(state, total)
+                state, row = made.change(state, total)
                 step, position = step + 1, batches.get_state()
-                if change not in compiled:
+                if made.change not in compiled:
                     jax.block_until_ready(state)
-                    compiled.add(change)
+                    compiled.add(made.change)
                     clock.skip(time.monotonic() - began)
                 clock.trained(config.train.batch_size, flops)
                 if pending is not None:  # one step late, so that the device never waits for this line
@@ -304,9 +280,9 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     return "done"
 
 
-def begin(config, workdir, fresh, optimizer, saver, devices):
+def begin(config, workdir, made, saver, devices):
     """(step, state, what was kept beside it): from the newest checkpoint, from where the run comes from, or new ({})."""
-    wanted = mesh.placed(devices, jax.eval_shape(fresh))  # shapes alone: two states at once would not fit
+    wanted = mesh.placed(devices, jax.eval_shape(made.fresh))  # shapes alone: two states at once would not fit
     lying = mesh.shardings(devices, wanted)
     restored = saver.restore(*_split_ema(wanted))
     if restored is not None:
@@ -341,8 +317,8 @@ def begin(config, workdir, fresh, optimizer, saver, devices):
         _, params = checkpoint.restore_weights(
             named["workdir"], wanted["params"], step=named["step"], raw=named["weights"] == "raw"
         )
-        return 0, jax.jit(partial(update.state_of, optimizer), out_shardings=lying, donate_argnums=0)(params), {}
-    return 0, jax.jit(fresh, out_shardings=lying)(), {}
+        return 0, jax.jit(made.state_of, out_shardings=lying, donate_argnums=0)(params), {}
+    return 0, jax.jit(made.fresh, out_shardings=lying)(), {}
 
 
 class Budget:

@@ -13,7 +13,7 @@ FLOORS = [
     {"train", "easel", "forecast"},
     {"desk"},
     {"previews", "measure", "studio", "cabinet", "exam"},
-    {"teller", "preview_set", "album", "conditions", "drawing", "gate_page", "quality_page", "exhibits"},
+    {"programs", "teller", "preview_set", "album", "conditions", "drawing", "gate_page", "quality_page", "exhibits"},
     {"trained", "update", "heldout", "origin", "startup"},
     {"model", "flow", "sampler", "optim", "data", "checkpoint", "mesh", "workdir", "report", "card", "estimate"},
     {"standing"},

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import importlib.util
 import io
 import os
 import re
@@ -13,7 +14,8 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import app_run
 import numpy as np
@@ -399,3 +401,212 @@ def test_a_port_that_is_taken_and_an_address_that_is_not_ours_are_named():
             app._listen(host, 0)
     with app._listen("127.0.0.1", 0) as free:
         assert free.getsockname()[1] > 0
+
+
+def test_what_is_just_still_possible_is_taken(at):
+    for change in (
+        {"prompt": "x" * desk.LETTERS},
+        {"steps": 1},
+        {"steps": desk.STEPS},
+        {"mix": 0.0},
+        {"mix": 1.0},
+        {"count": desk.PICTURES},
+        {"text": tuple(map(float, range(6))), "vision": tuple(map(float, range(6)))},
+        {"count": desk.PICTURES // 2, "at": (STEP, LATER)},
+        {"text": (100.0,), "vision": (-100.0,)},
+    ):
+        assert at._job(replace(ORDER, **change)).wishes
+    with pytest.raises(InputError, match="more than 36 pictures"):
+        at._job(replace(ORDER, count=desk.PICTURES // 2 + 1, at=(STEP, LATER)))
+    assert at._job(replace(ORDER, prompt="a\x7fkite")).wishes[0].prompt == "a kite"
+
+
+def test_so_many_wait_and_no_more_and_what_is_in_hand_counts_as_cut_off(at, monkeypatch):
+    going = threading.Event()
+    monkeypatch.setattr(at, "_draw", lambda job: going.wait(5))
+    first = at.take_order(ORDER)
+    until = time.monotonic() + 30
+    while at._in_hand is not first and time.monotonic() < until:
+        time.sleep(0.01)
+    many = [at.take_order(ORDER) for _ in range(desk.WAITING)]
+    with pytest.raises(InputError, match=f"^{desk.WAITING} orders are waiting already"):
+        at.take_order(ORDER)
+    assert at.ahead(many[0]) == 1 and at.ahead(many[-1]) == desk.WAITING and at.ahead(first) == 0
+    for job in many:
+        at.cancel(job)
+        assert job.ended and job.phase == "Stopped before it was begun."
+    assert at.close(0.0) == (True, False)
+    with pytest.raises(InputError, match="is being closed"):
+        at.take_order(ORDER)
+    going.set()
+    assert ended(first).phase.startswith("Done in") and first.phase.endswith(" s.")
+
+
+class Drawing:
+    """A studio that draws the wishes of a plan one after the other, in four evaluations each."""
+
+    def __init__(self, step):
+        self.run = SimpleNamespace(step=step)
+
+    def there(self, plan):
+        return []
+
+    def draw(self, plan, vae, cache, *, watch):
+        for place in plan.todo:
+            for done in range(1, 5):
+                watch([place], done, 4, lambda: np.zeros((1, 8, 8, 16), np.float32))
+                yield "work", None
+            yield "picture", place
+
+
+def test_what_is_done_grows_over_pictures_and_checkpoints_to_the_whole(at, monkeypatch):
+    job = at._job(replace(ORDER, count=2, at=(STEP, LATER)))
+    seen, shown, plan = [], [], SimpleNamespace(todo=[0, 1], names=["a.png", "b.png"])
+    monkeypatch.setattr(at, "_view", lambda job, number, part, view: shown.append((number, part[0])))
+    watched = property(
+        lambda self: self.__dict__["done"], lambda self, value: (seen.append(value), self.__dict__.update(done=value))
+    )
+    monkeypatch.setattr(desk.Job, "done", watched, raising=False)
+    for number, step in enumerate((STEP, LATER)):
+        at._draw_round(job, Drawing(step), plan, number, 2)
+    assert seen == [k / 16 for k in range(1, 17)]
+    assert shown == [
+        (number, place) for number in range(2) for place in range(2) for _ in range(3)
+    ]  # the last is the picture
+    assert job.names == [["a.png", "a.png"], ["b.png", "b.png"]] and job.changes == 4
+
+
+def test_one_picture_stands_wherever_it_was_asked_for(at):
+    job = at._job(replace(ORDER, count=2))
+    at._draw_round(job, Drawing(STEP), SimpleNamespace(todo=[0], names=["a.png", "a.png"]), 0, 1)
+    assert job.names == [["a.png", "a.png"]]
+
+
+def test_early_views_take_a_fifth_of_the_time_at_most(at, monkeypatch):
+    job, view = at._job(ORDER), lambda: np.zeros((1, 8, 8, 16), np.float32)
+    for since, seen in ((4.0, False), (6.0, True)):
+        at._view_cost, at._viewed = 1.0, time.monotonic() - since
+        at._view(job, 0, [0], view)
+        assert (job.views[0][0] is not None) == seen
+    assert 0 < at._view_cost < 1.0
+
+
+def test_what_the_page_cannot_do_again_is_said_of_each_setting(at):
+    at_album, shift = album.Album(at.gallery), album.numbers([at.config["sample"]["shift"]])
+    step = {"step": str(LATER), "weights": "averaged"}
+    for name, settings, words in (
+        ("plain.png", {}, ()),
+        ("usual.png", {"shift": shift, "guidance_interval": ""}, ()),
+        ("shift.png", {"shift": "9"}, ("drawn with shift 9, as jaxdit.sample --shift does",)),
+        ("part.png", {"guidance_interval": "0.2,0.8"}, ("drawn with guidance_interval 0.2,0.8",)),
+        ("named.png", {"reference": "street.png"}, (r"The reference (street.png) is not in this gallery.",)),
+    ):
+        at_album.save(name, Image.new("RGB", (32, 32)), step | settings)
+        order, notes = at.order_of(name)
+        assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes)), (name, notes)
+        assert order.at == (LATER,) and not order.raw
+    at_album.save("raw.png", Image.new("RGB", (32, 32)), {"step": "7", "weights": "raw"})
+    order, _ = at.order_of("raw.png")
+    assert order.at == (LATER,) and not order.raw
+
+
+# The page's own words and numbers, without a browser.
+
+
+@pytest.fixture(scope="module")
+def easel():
+    """The module of the page; where NiceGUI is not installed, nothing stands in its place."""
+    spec = importlib.util.spec_from_file_location("easel_alone", ROOT / "jaxdit" / "easel.py")
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, {"nicegui": mock.MagicMock()}):
+        spec.loader.exec_module(module)
+    return module
+
+
+def test_a_shape_is_named_by_the_nearest_aspect(easel):
+    assert easel._shape("832x1216") == "about 2:3 · 832 × 1216"
+    assert easel._shape("1216x832") == "about 3:2 · 1216 × 832"
+    assert easel._shape("512x512") == "1:1 · 512 × 512"
+    assert easel._shape("768x1024") == "3:4 · 768 × 1024" and easel._shape("1024x768") == "4:3 · 1024 × 768"
+    assert easel._shape("1344x768") == "about 16:9 · 1344 × 768"
+
+
+def test_numbers_that_people_write_are_read_or_refused(easel):
+    def box(value):
+        return SimpleNamespace(value=value, props={"label": "Weights"})
+
+    assert easel._weights(box("1, 1.5; 3,1,")) == (1.0, 1.5, 3.0)
+    for words, why in (
+        ("1, many", "'1, many' is not numbers"),
+        ("", "are wanted"),
+        (None, "are wanted"),
+        ("1, nan", "are wanted"),
+    ):
+        with pytest.raises(InputError, match=f"^Weights: .*{why}"):
+            easel._weights(box(words))
+    assert easel._whole(box(12.0)) == 12
+    for value in (None, 1.5, float("inf"), float("nan")):
+        with pytest.raises(InputError, match="a whole number is wanted"):
+            easel._whole(box(value))
+
+
+def test_checkpoints_to_compare_are_spread_over_the_run(easel):
+    def spread(*saved):
+        page = easel.Easel.__new__(easel.Easel)
+        page.desk = SimpleNamespace(steps=lambda raw: list(saved))
+        return page._spread()
+
+    assert spread() == [] and spread(5) == [5] and spread(5, 10) == [5, 10]
+    assert spread(*range(10, 110, 10)) == [10, 30, 50, 80, 100]
+
+
+def page_of(easel, at, /, **values):
+    """A page whose fields have these values, and whose other elements are nothing."""
+    usual = {
+        "compare": "one", "at": [LATER, STEP], "step": LATER, "prompt": None, "mix": 0.3, "size": "64x64", "text": 2, "vision": 3,
+        "seed": 7.0, "count": 4, "steps": 9.0, "solver": "euler", "raw": False, "texts": "1, 2", "visions": "3",
+    }  # fmt: skip
+    page = easel.Easel.__new__(easel.Easel)
+    page.desk, page.references, page.job, page.changes, page.seen = at, ["a.png"], None, 0, None
+    for name, value in (usual | values).items():
+        setattr(page, name, SimpleNamespace(value=value, props={"label": name}))
+    for name in ("button", "stop", "bar", "status", "problems", "pinned", "result", "gallery", "more", "runs"):
+        setattr(page, name, mock.MagicMock())
+    return page
+
+
+def test_an_order_is_what_the_page_shows(easel, at):
+    one = desk.Order("", ("a.png",), 0.3, "64x64", (2.0,), (3.0,), 7, 4, 9, "euler", (LATER,), False)
+    assert page_of(easel, at)._order() == one
+    weights = replace(one, text=(1.0, 2.0), vision=(3.0,), count=1)
+    assert page_of(easel, at, compare="weights")._order() == weights
+    assert page_of(easel, at, compare="time")._order() == replace(one, at=(STEP, LATER))
+    assert page_of(easel, at, compare="time", step=None, raw=True)._order().at == (STEP, LATER)
+    with pytest.raises(InputError, match="at least two checkpoints"):
+        page_of(easel, at, compare="time", at=[STEP])._order()
+    with pytest.raises(InputError, match="This run keeps no raw weights"):
+        page_of(easel, at, step=None, raw=True)._order()
+
+
+def test_who_waits_is_told_how_many_are_before_them_and_then_what_is_done(easel, at, monkeypatch):
+    page = page_of(easel, at)
+    page.job = at._job(ORDER)
+    page._show, page._fill_gallery = mock.MagicMock(), mock.MagicMock()
+    for ahead, words in (
+        (1, "Waiting: 1 drawing is before yours."),
+        (2, "Waiting: 2 drawings are before yours."),
+        (0, "Step 1"),
+    ):
+        monkeypatch.setattr(at, "ahead", lambda job, ahead=ahead: ahead)
+        page.job.phase = "Step 1"
+        page._tick()
+        assert page.status.text == words
+    assert not page._show.called and page._fill_gallery.call_count == 1
+    page.job.changes = 1
+    page._tick()
+    page._tick()
+    assert page._show.call_count == 1 and not page.button.enable.called
+    page.job.ended = True
+    page._tick()
+    page._show.assert_called_with(page.job, last=True)
+    assert page.button.enable.called and page._fill_gallery.call_count == 1

@@ -2,6 +2,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from PIL import Image
 from encode import demo_encoders, encoders, records
 from encode.records import InputError, load_dataset
 from jaxdit import conditions, data, wishes
-from jaxdit.cache import DAY, Cache
+from jaxdit.cache import DAY, Cache, cache_folder
 
 SHAPES = wishes.Shapes(16, {"32x48": 1})
 
@@ -151,12 +152,12 @@ def test_the_cache_stays_within_its_room_and_what_was_used_last_stays(tmp_path):
         cache.put(f"k{number}", a=kept)
         os.utime(tmp_path / f"k{number}.npz", (now, now - 100 + number))
     assert len(sizes(tmp_path)) == 10  # full
-    assert cache.get("k0") is not None  # used now
+    assert cache.get("k0", "a") is not None  # used now
     cache.put("new", a=kept)
     assert set(sizes(tmp_path)) == {f"{name}.npz" for name in ("k0", *(f"k{n}" for n in range(3, 10)), "new")}
     another = Cache(tmp_path, room=3 * one)  # a process that begins on a folder that is too large
     another.put("last", a=kept)
-    assert len(sizes(tmp_path)) == 2 and another.get("last") is not None
+    assert len(sizes(tmp_path)) == 2 and another.get("last", "a") is not None
 
 
 def test_what_a_killed_process_left_in_the_cache_goes_and_what_is_in_hand_stays(tmp_path):
@@ -167,12 +168,24 @@ def test_what_a_killed_process_left_in_the_cache_goes_and_what_is_in_hand_stays(
     assert set(sizes(tmp_path)) == {"in_hand.tmp", "new.npz"}
 
 
+def test_whatever_is_wrong_with_a_kept_file_it_is_made_again(tmp_path):
+    cache, kept = Cache(tmp_path), tmp_path / "k.npz"
+    cache.put("k", a=np.arange(3))
+    whole = kept.read_bytes()
+    at = whole.index(b"PK\x01\x02")
+    assert cache.get("k", "a") is not None and cache.get("k", "a", "b") is None
+    for place in (*range(0, len(whole), 7), at + 8, at + 10):  # one bit says a password, or another compression
+        kept.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        found = cache.get("k", "a")
+        assert found is None or np.array_equal(found["a"], np.arange(3)), place
+
+
 def test_many_use_one_cache_at_once(tmp_path):
     def work(seed):
         cache, rng, found = Cache(tmp_path, room=20_000), np.random.default_rng(seed), 0
         for _ in range(150):
             key = int(rng.integers(30))
-            stored = cache.get(f"{key}")
+            stored = cache.get(f"{key}", "a")
             if stored is None:
                 stored = cache.put(f"{key}", a=np.full(1000, key, np.uint8))
             else:
@@ -217,12 +230,17 @@ def test_a_vector_of_ones_own_and_what_is_none(told, tmp_path):
     np.save(tmp_path / "row.npy", vector[None])
     np.save(tmp_path / "nan.npy", vector * np.nan)
     np.save(tmp_path / "words.npy", np.array(["a"] * 16))
-    (tmp_path / "cut.npy").write_bytes((tmp_path / "good.npy").read_bytes()[:100])
-    names = ("good", "row", "nan", "words", "cut")
+    whole = (tmp_path / "good.npy").read_bytes()
+    (tmp_path / "cut.npy").write_bytes(whole[:100])
+    (tmp_path / "flipped.npy").write_bytes(whole[:8] + bytes([whole[8] ^ 64]) + whole[9:])
+    (tmp_path / "large.npy").write_bytes(whole.replace(b"(16,)", b"(%d,)" % 10**14).replace(10 * b" ", b"", 1))
+    np.savez(tmp_path / "archive.npz", x=vector)
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    names = ("good", "row", "nan", "words", "cut", "flipped", "large", "archive")
     given, problems = encode(told, [{"reference": str(tmp_path / f"{name}.npy")} for name in names], None)
     for found in given[:2]:
         np.testing.assert_array_equal(found.vision, vector.astype(np.float32))
-    assert given[2:] == [None] * 3 and len(problems) == 3
+    assert given[2:] == [None] * 6 and len(problems) == 6
     assert all(problem.startswith(f"list:1: {tmp_path / name}.npy: ") for problem, name in zip(problems, names[2:]))
 
 
@@ -306,3 +324,90 @@ def test_names_are_found_behind_the_first_64_of_a_bucket(tmp_path):
     make_data.dataset(tmp_path / "64", {"32x32": 70})
     found = conditions.find_ids(data.Dataset(tmp_path / "64"), Cache(None))
     assert sorted(found.values()) == [("32x32", row) for row in range(70)]
+
+
+def test_conditions_are_kept_where_the_flag_or_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder(None) == tmp_path / "xdg" / "jaxdit"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_folder(None) == tmp_path / "home" / ".cache" / "jaxdit"
+    assert cache_folder("") is None and cache_folder(str(tmp_path / "own")) == tmp_path / "own"
+
+
+def test_another_picture_to_start_from_is_another_latent_whatever_its_name(told, picture, tmp_path):
+    fields = [{"prompt": "a", "init": str(name)} for name in picture]
+    (one, other), problems = encode(told, fields, tmp_path / "cache")
+    assert not problems and np.abs(one.init - other.init).max() > 0.1
+    picture[1].replace(picture[0])  # the same name
+    ((again),), _ = encode(told, fields[:1], tmp_path / "cache")
+    np.testing.assert_array_equal(again.init, other.init)
+
+
+def test_of_two_sizes_with_as_many_pixels_each_has_its_own_latent(told, picture, tmp_path):
+    for size, shape in (("32x64", (8, 4)), ("64x32", (4, 8))):
+        (given,), _ = encode(told, [{"prompt": "a", "init": str(picture[0]), "size": size}], tmp_path / "cache")
+        assert given.init.shape[:2] == shape
+
+
+def test_what_is_known_is_not_encoded_again(told, tmp_path, counted):
+    text, vision = np.ones((2, 3), np.float32), np.ones(16, np.float32)
+    known = {("text", "a cat"): text, ("vision", "id:brought.png"): vision}
+    (given,), problems = encode(told, [{"prompt": "a cat", "reference": "brought.png"}], tmp_path / "cache", known)
+    assert not problems and given.text is text and given.vision is vision
+    assert counted == ({"text": [], "vision": []}, [])
+
+
+def test_a_picture_that_cannot_be_started_from_is_told_once_with_its_field(told, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    given, (problem,) = encode(told, [{"prompt": "a", "init": str(bad), "count": 2}, {"prompt": "b"}], None)
+    assert given[:2] == [None, None] and given[2] is not None
+    assert problem.startswith(f"list:1: init={bad}: ") and str(bad) not in problem.removeprefix(f"list:1: init={bad}")
+    (wish,) = wishes.wish({"prompt": "a", "init": str(bad)}, {"scales": [1, 1]}, SHAPES, "--init")
+    _, (problem,) = conditions.encode(
+        [wish], *told, hashes={}, cache=Cache(None), vae=demo_encoders.DemoVAE(), known={}
+    )
+    assert problem.startswith(f"--init={bad}: ")
+
+
+def test_a_picture_of_too_many_pixels_names_no_field_of_a_configuration(told, picture, monkeypatch):
+    monkeypatch.setattr(conditions, "MAX_PIXELS", 100)
+    given, (problem,) = encode(told, [{"reference": str(picture[0])}], None)
+    assert given == [None] and "60 x 40, the limit is 100" in problem and "config." not in problem
+
+
+def test_that_nothing_is_kept_is_said_once(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    cache = Cache(tmp_path / "file" / "cache")
+    for name in "ab":
+        cache.put(name, a=np.zeros(3))
+    assert caplog.text.count("are not kept") == 1
+
+
+def test_names_are_looked_for_anew_where_another_data_set_lies(tmp_path):
+    cache = Cache(tmp_path / "cache")
+    make_data.dataset(tmp_path / "64", {"32x32": 3})
+    before = conditions.find_ids(data.Dataset(tmp_path / "64"), cache)
+    shutil.rmtree(tmp_path / "64")
+    make_data.dataset(tmp_path / "64", {"32x48": 5})
+    after = conditions.find_ids(data.Dataset(tmp_path / "64"), cache)
+    assert {bucket for bucket, _ in before.values()} == {"32x32"}
+    assert sorted(after.values()) == [("32x48", row) for row in range(5)]
+
+
+def test_a_vector_with_one_number_that_is_none_and_one_of_truths_are_refused(told, tmp_path):
+    hurt = np.arange(16.0)
+    hurt[3] = np.nan
+    np.save(tmp_path / "hurt.npy", hurt)
+    np.save(tmp_path / "truths.npy", hurt > 3)
+    names = [str(tmp_path / f"{name}.npy") for name in ("hurt", "truths")]
+    given, problems = encode(told, [{"reference": name} for name in names], None)
+    assert given == [None, None]
+    assert "not all of its numbers are finite" in problems[0] and "[16] of bool" in problems[1]
+
+
+def test_a_search_for_names_is_announced_only_where_it_takes_long(tmp_path, capsys):
+    make_data.dataset(tmp_path / "64", {"32x32": 3})
+    conditions.find_ids(data.Dataset(tmp_path / "64"), Cache(None))
+    assert not capsys.readouterr().out

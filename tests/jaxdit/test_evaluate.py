@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -19,7 +20,7 @@ from tiny_run import tiny
 from bench import gate_power
 from encode import encoders
 from encode.records import InputError, write_json
-from jaxdit import checkpoint, data, evaluate, exam, exhibits, model, quality, quality_page, train, trained
+from jaxdit import checkpoint, data, evaluate, exam, exhibits, judge, model, quality, quality_page, train, trained
 
 ROOT = Path(__file__).parents[2]
 
@@ -166,11 +167,15 @@ def test_training_images_given_out_as_samples_are_named_as_learnt_by_heart(workd
     (bucket,) = dataset.buckets
     stolen = [row["latent_flip"].astype(np.float32) for row in dataset.records(bucket, dataset.train[bucket])]
 
+    drawn = []
+    assert [row for _, row in paper.reference.places] == dataset.held_out[bucket].tolist()
+
     def steal(run, asked, given, options, most):
         yield [(k, stolen[wish.seed % len(stolen)].copy()) for k, wish in enumerate(asked)]
 
     with mock.patch.object(exam.drawing, "draw", steal):
-        row, strips = exam.sit(paper, run, lambda count: None)
+        row, strips = exam.sit(paper, run, drawn.append)
+    assert sum(drawn) == exam.pictures(paper)
     for name in ("own", "alone"):
         memory = row["memory"][name]["latents"]
         assert memory["memorised"] and memory["copies"] == 1.0 and memory["nearer"] == 1.0 and memory["closest"] < 1e-3
@@ -238,3 +243,161 @@ def test_what_is_known_of_training_images_is_read_once_and_exact(workdir, tmp_pa
     assert known.hashes[3] == record["pixel_hash"]
     with mock.patch.object(dataset, "records", side_effect=AssertionError("read again")):
         exhibits.know(dataset, run, dataset.train, tmp_path / "training", 2, "training")
+
+
+def paper_of(count, **changes):
+    """An exam of `count` prompts about vectors at random, whose models are not there."""
+    random = np.random.default_rng(0)
+    prompts = [
+        {"id": f"{k}.png", "caption": f"caption {k}", "text": k, "vision": 100 + k, "bucket": "64x96", "mask": np.zeros((0, 0))}
+        for k in range(count)
+    ]  # fmt: skip
+    known = [
+        exhibits.Known(random.standard_normal((n, 1, 4)), np.zeros((n, 1, 3)), None, [("64x96", k) for k in range(n)])
+        for n in (26, 40)
+    ]
+    usual = {
+        "dataset": None, "held_out": True, "prompts": prompts, "pixels": [f"real {k}" for k in range(count)],
+        "judged": np.arange(0, count, 3), "examples": [], "asked": None, "why": "", "reference": known[0], "training": known[1],
+        "usual": {}, "near": {}, "vae": None, "vision": object(), "clip": None,
+    }  # fmt: skip
+    return exam.Exam(**usual | changes)
+
+
+def test_what_real_images_score_is_of_two_halves_and_of_as_many_training_images():
+    np.testing.assert_array_equal(exam._some(np.arange(10), 4), [0, 2, 5, 7])
+    np.testing.assert_array_equal(exam._some(np.arange(3), 4), [0, 1, 2])
+    paper = paper_of(20)
+    real, training = paper.reference.vectors[:, 0], paper.training.vectors[:, 0]
+    found = exam._usual(paper)
+    assert found["halves"] == quality.compare(real[::2], real[1::2]) and found["apart"] == quality.apart(real)
+    assert found["training"] == quality.compare(real, training[::2])
+    assert "training" not in exam._usual(paper_of(20, held_out=False))
+    few = exhibits.Known(np.zeros((exam.FEWEST - 1, 1, 4)), None, None, [])
+    assert exam._usual(paper_of(20, reference=few)) == {}
+    assert exam._compared(paper, exam.Seen([], real[: exam.FEWEST], None, None)) is not None
+    assert exam._compared(paper, exam.Seen([], real[: exam.FEWEST - 1], None, None)) is None
+
+
+def test_pictures_are_counted_before_they_are_drawn():
+    assert exam._repeated(paper_of(40))[:9] == [0, 0, 0, 2, 2, 2, 5, 5, 5] and len(exam._repeated(paper_of(40))) == 48
+    assert exam.pictures(paper_of(12)) == 2 * 12 + 12 * 3
+    assert exam.pictures(paper_of(12, asked=object())) == 2 * 12 + 3 * 4 + 12 * 3
+    assert exam.pictures(paper_of(12, asked=object(), vision=None)) == 2 * 12 + 3 * 4
+
+
+def test_pictures_of_one_prompt_have_seeds_of_their_own(monkeypatch):
+    paper, random, asked = paper_of(3), np.random.default_rng(1), []
+    alone, more = random.standard_normal((3, 4)), random.standard_normal((9, 4))
+
+    def draw(paper, run, places, texts, visions, seeds, tell):
+        asked.append((places, texts, visions, seeds))
+        return exam.Seen([], more, None, None)
+
+    monkeypatch.setattr(exam, "draw", draw)
+    found = exam._diversity(paper, None, exam.Seen([], alone, None, None), None)
+    ((places, texts, visions, seeds),) = asked
+    assert places == texts == [0, 0, 0, 1, 1, 1, 2, 2, 2] and visions == [None] * 9
+    assert seeds == [3, 6, 9, 4, 7, 10, 5, 8, 11]  # 0, 1 and 2 are those of the pictures before
+    spread = [quality.apart(np.stack([alone[k], *more[3 * k : 3 * k + 3]])) for k in range(3)]
+    assert found == {"one_prompt": pytest.approx(np.mean(spread)), "all_prompts": quality.apart(alone)}
+
+
+def test_what_is_exchanged_is_given_with_the_seeds_of_the_swap_test(monkeypatch):
+    examples = [SimpleNamespace(record={"text": f"text {k}", "vision": k}) for k in range(3)]
+    asked = SimpleNamespace(by="side", pairs=[1, 2, 0], thirds=[2, 0, 1], exchanged=["x", "y", "z"])
+    paper, given = paper_of(9, examples=examples, asked=asked), []
+
+    def draw(paper, run, places, texts, visions, seeds, tell):
+        given.append((places, texts, visions, seeds))
+        return exam.Seen([len(given)], None, None, None)
+
+    def measure(examples, asked, drawn):
+        assert [drawn[name].pixels for name in ("vision", "text", "control")] == [[1], [2], [3]]
+        assert [drawn[name].pixels for name in ("own", "text_only")] == [
+            ["own 0", "own 3", "own 6"],
+            ["alone 0", "alone 3", "alone 6"],
+        ]
+        return dict.fromkeys(("leaks", "text_only_latent", "text_only_ssim")), None, None
+
+    monkeypatch.setattr(exam, "draw", draw)
+    monkeypatch.setattr(exam.judge, "measure", measure)
+    monkeypatch.setattr(exam.judge, "checks", lambda *_, **__: {})
+    seen = {name: exam.Seen([f"{name} {k}" for k in range(9)], None, None, None) for name in ("own", "alone")}
+    exam._exchange(paper, None, seen, None)
+    texts, places = ["text 0", "text 1", "text 2"], [0, 3, 6]
+    assert given == [
+        (places, texts, [1, 2, 0], places),
+        (places, ["x", "y", "z"], [0, 1, 2], places),
+        (places, texts, [2, 0, 1], places),
+    ]
+    few = [None] * (judge.FEWEST - 1)
+    assert exam._questions(few) == (None, "9 images are too few to exchange captions and vectors; 10 are needed.")
+    monkeypatch.setattr(exam.judge, "questions", lambda examples: asked)
+    monkeypatch.setattr(exam.judge, "cannot", lambda examples, asked: "")
+    assert exam._questions([*few, None]) == (asked, "")
+
+
+def test_pictures_are_drawn_as_the_run_samples_and_padding_is_what_it_was(monkeypatch):
+    mask = np.zeros((12, 8), np.uint8)
+    mask[2:10] = 1
+    padded = {"mask": mask, "latent": np.full((12, 8, 16), 7, np.float16)}
+    paper, asked, decoded, told = paper_of(2, vision=None, judged=np.array([1])), [], [], []
+    paper.prompts[1] |= padded
+
+    def decode(latents):
+        decoded.append(latents.copy())
+        return np.zeros((len(latents), 96, 64, 3), np.uint8)
+
+    def draw(run, wishes, given, options, most):
+        asked.extend([*wishes, *given, options])
+        yield [(k, np.ones((12, 8, 16), np.float32)) for k in range(2)]
+
+    monkeypatch.setattr(exam.drawing, "draw", draw)
+    paper.vae = SimpleNamespace(decode=decode)
+    sample = {"text_guidance": 2.0, "vision_guidance": 1.5, "steps": 7, "shift": 3.0}
+    described = {"latent_mean": [0.0] * 16, "latent_std": [1.0] * 16, "widths": {"latent": 16}}
+    described["buckets"] = {"64x96": {"count": 2, "latent": [12, 8, 16]}}
+    run = SimpleNamespace(config={"sample": sample}, dataset=described)
+    seen = exam.draw(paper, run, [0, 1], ["a", "b"], [None, "v"], [5, 6], told.append)
+    for wish, seed in zip(asked[:2], (5, 6)):
+        assert (wish.text, wish.vision, wish.seed, wish.size) == (2.0, 1.5, seed, (64, 96))
+    assert [(given.text, given.vision) for given in asked[2:4]] == [("a", None), ("b", "v")]
+    assert asked[4] == {"steps": 7, "shift": 3.0, "solver": "adams", "interval": None} and told == [2]
+    assert (
+        (decoded[0][0] == 1).all() and (decoded[0][1][mask == 1] == 1).all() and (decoded[0][1][mask == 0] == 7).all()
+    )
+    assert seen.pixels[0].shape == (96, 64, 3) and seen.pixels[1].shape == (64, 64, 3) and seen.vectors is None
+    np.testing.assert_array_equal(seen.latents, decoded[0][1:])  # of the judged alone
+
+
+def test_a_few_pictures_are_shown_spread_over_all_with_what_they_were_drawn_from():
+    seen = {name: SimpleNamespace(pixels=[f"{name} {k}" for k in range(9)]) for name in ("own", "alone")}
+    strips = exam._few(paper_of(9), seen)
+    assert [caption for caption, _ in strips] == [f"caption {k}" for k in (0, 2, 4, 6)]
+    assert strips[1][1] == [
+        ("the held-out image", "real 2"), ("caption and vector", "own 2"), ("caption alone", "alone 2")
+    ]  # fmt: skip
+    assert exam._few(paper_of(9, held_out=False), seen)[0][1][0][0] == "the training image"
+
+
+def test_the_pictures_nearest_to_training_images_are_shown_first_each_with_its_mirror_image_or_not():
+    random = np.random.default_rng(2)
+    distances, places = np.sort(random.random((9, 5))), random.integers(40, size=(9, 5))
+    asked, paper = [], paper_of(9)
+
+    def records(bucket, rows):
+        asked.append((bucket, *rows))
+        return [{"id": b"near.png", "latent": np.zeros((4, 4, 16)), "latent_flip": np.ones((4, 4, 16))}]
+
+    paper.dataset = SimpleNamespace(records=records)
+    paper.vae = SimpleNamespace(decode=lambda latents: np.full((1, 32, 32, 3), latents.max(), np.uint8))
+    paper.training = exhibits.Known(None, np.zeros((40, 2, 3)) + np.array([[0.0], [1.0]]), None, paper.training.places)
+    seen = {"own": SimpleNamespace(pixels=list(range(9)), thumbnails=np.arange(9)[:, None] % 2 * np.ones(3))}
+    strips = exam._pairs(paper, seen, {"own": {"latents": (distances, places)}})
+    closest = np.argsort(quality.closeness(distances))[: exam.PAIRS]
+    assert asked == [("64x96", places[k, 0]) for k in closest] and len(strips) == exam.PAIRS
+    for k, (words, (drawn, near, real)) in zip(closest, strips):
+        assert words.endswith(f"drawn for {k}.png: caption {k}") and (", mirrored" in words) == bool(k % 2)
+        assert drawn == ("caption and vector", k) and real == ("the held-out image", f"real {k}")
+        assert near[0] == "nearest training image" and (near[1] == k % 2).all()

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -318,3 +320,53 @@ def test_nothing_for_the_rest_is_a_sentence_and_no_division(tmp_path):
     with pytest.raises(InputError, match=r"mesh.data=-1 and mesh.fsdp=0 do not make up 8 devices"):
         mesh.sizes(-1, 0, 8)
     assert mesh.sizes(-1, 2, 8) == (4, 2) and mesh.sizes(4, -1, 8) == (4, 2)
+
+
+def test_compiled_programs_are_kept_where_jax_was_told_and_else_in_the_cache():
+    told = jax.config.jax_compilation_cache_dir
+    try:
+        for before, after in (("/somewhere", "/somewhere"), (None, str(Path("~/.cache/jaxdit/compiled").expanduser()))):
+            jax.config.update("jax_compilation_cache_dir", before)
+            mesh.keep_programs()
+            assert jax.config.jax_compilation_cache_dir == after
+    finally:
+        jax.config.update("jax_compilation_cache_dir", told)
+
+
+def test_the_dtype_of_products_is_float32_on_the_cpu_and_an_unknown_one_is_refused(monkeypatch):
+    assert mesh.compute_dtype("auto") == mesh.compute_dtype("float32") == "float32"
+    assert mesh.compute_dtype("bfloat16") == "bfloat16"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert mesh.compute_dtype("auto") == "bfloat16"
+    with pytest.raises(ValueError, match=r"model\.dtype=float64: choose auto, bfloat16 or float32"):
+        mesh.compute_dtype("float64")
+
+
+def test_a_kernel_is_sent_as_it_is_multiplied_and_its_gradient_comes_back_in_float32():
+    rows, gather = jax.sharding.PartitionSpec("fsdp"), mesh._gather(-2, "bfloat16")
+    over = jax.shard_map(
+        partial(gather, None), mesh=mesh.make_mesh(), in_specs=rows, out_specs=jax.sharding.PartitionSpec(), check_vma=False
+    )  # fmt: skip
+    value = np.ones((4, 2), np.float32)
+    assert jax.eval_shape(over, value).dtype == "bfloat16"
+    program = str(jax.make_jaxpr(jax.grad(lambda value: over(value).sum()))(value))
+    assert re.search(r"bf16\[4,2\] = all_gather", program) and re.search(r"f32\[4,2\] = reduce_scatter", program)
+
+
+def test_a_card_that_is_there_or_none_that_was_lost_refuses_nothing(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    mesh.refuse_lost_card("1 x NVIDIA GeForce RTX 4090")
+
+
+def test_kernels_are_cut_over_their_rows_and_never_over_the_layers():
+    def kernel(*shape):
+        return {"kernel": jax.ShapeDtypeStruct(shape, np.float32)}
+
+    found = mesh._specs(
+        SimpleNamespace(shape={"data": 2, "fsdp": 4}),
+        {"blocks": {"mlp": kernel(4, 8, 12), "odd": kernel(4, 6, 12)}, "out": kernel(8, 12)},
+    )
+    cut = {name: spec["kernel"] for name, spec in (found["blocks"] | {"out": found["out"]}).items()}
+    spec = jax.sharding.PartitionSpec
+    assert cut == {"mlp": spec(None, "fsdp"), "odd": spec(), "out": spec("fsdp")}

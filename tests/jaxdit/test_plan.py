@@ -1,5 +1,7 @@
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -8,7 +10,7 @@ import pytest
 
 from configs import encode_demo, full, nano, quickstart
 from encode.records import InputError
-from jaxdit import data, estimate, forecast, measure, model, plan, workdir
+from jaxdit import data, estimate, forecast, measure, model, plan, startup, workdir
 
 ROOT = Path(__file__).parents[2]
 FULL = "configs/full.py"
@@ -249,7 +251,7 @@ def test_measuring_runs_the_real_updates(monkeypatch):
 def test_a_bucket_that_memory_refuses_is_named_and_the_next_is_measured(monkeypatch):
     calls = []
 
-    def run(functions, batch, where, train):
+    def run(made, initial, batch, where, train):
         calls.append(batch["latent"].shape)
         if len(calls) == 1:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
@@ -325,3 +327,106 @@ def test_float32_on_a_card_has_no_cudnn_and_every_bucket_must_fit():
     text = forecast.screen([given], given, device, 60.0, {})
     largest = [int(row[8]) for row in rows_of(text, "Buckets").values()]
     assert len(set(largest)) > 1 and int(text.split("at most ")[1].split()[0]) <= min(largest)
+
+
+def test_the_memory_that_is_given_counts_before_what_a_card_of_that_name_has():
+    config = full.get_config("256")
+    assert plan.look_at("H100", 24, config, False).memory == pytest.approx(0.9 * 24e9)
+    assert plan.look_at("H100", None, config, False).memory == pytest.approx(0.9 * 80e9)
+    assert plan.look_at("cpu", None, config, False).memory == pytest.approx(0.9 * 24e9)  # nobody knows
+    assert plan.look_at("H100", 10, config, True).memory == pytest.approx(0.9 * 10e9)
+    assert plan.look_at("H100", None, config, True).memory == startup.device_memory()
+
+
+def test_buckets_are_rounded_to_sixteen_pixels_and_captions_are_as_long_as_the_configuration_says():
+    buckets = plan.read_stages(nano.get_config(), "configs/nano.py", 304)[0].buckets
+    assert [bucket.name for bucket in buckets] == ["304x304", "240x368", "368x240"]  # of 247 x 361
+    config = nano.get_config()
+    config.data.text_lengths = (64, 256)
+    assert {bucket.text for bucket in plan.read_stages(config, "configs/nano.py", 64)[0].buckets} == {256}
+    assert "64x64" in plan.plan(config, "configs/nano.py", resolution=64)
+
+
+def test_of_a_data_set_only_buckets_with_training_images_count_and_its_own_resolution_may_be_said(tmp_path):
+    counts = {"64x64": 9, "48x80": 1, "80x48": 1, "48x96": 1}
+    make_data.dataset(tmp_path / "64", counts, text=12, vision=6)
+    config = nano.get_config()
+    config.data.update({"path": str(tmp_path / "64"), "holdout_fraction": 0.3, "text_lengths": (16, 48)})
+    train = data.Dataset(tmp_path / "64", holdout_fraction=0.3).train
+    assert not len(train["80x48"])  # its one image is held out
+    (stage,) = plan.read_stages(config, "configs/nano.py", 64)
+    assert {bucket.name: bucket.text for bucket in stage.buckets} == {"64x64": 48, "48x80": 48, "48x96": 48}
+
+
+def test_a_processor_takes_float32_without_cudnn_and_a_card_at_hand_its_own_dtype(monkeypatch):
+    config = full.get_config("256")
+    given = plan.read_stages(config, f"{FULL}:256", None)[0]
+    settings = forecast.settings_for(given, plan.look_at("cpu", 24, config, False))
+    assert (settings["dtype"], settings["attention"]) == ("float32", "xla")
+    peaks = []
+    monkeypatch.setattr(estimate, "peak_flops", lambda kind, dtype, count: peaks.append(dtype))
+    for at_hand in (True, False):
+        plan.look_at("RTX 4090", 24, config, at_hand)
+    assert peaks == ["float32", "bfloat16"]
+
+
+def test_the_heading_says_what_was_assumed_and_what_was_measured():
+    def heading(card, cards=1, measured=()):
+        config = full.get_config("256")
+        given = plan.read_stages(config, f"{FULL}:256", None)[0]
+        device = plan.look_at(card, 24, config, False, cards)
+        return "\n".join(forecast._heading(given, forecast.settings_for(given, device), 1, device, measured))
+
+    assert "of which 50% are assumed, counting" in heading("RTX 4090") and "network" not in heading("RTX 4090")
+    assert "of which 32% are taken, as an H100 was measured to reach" in heading("H100")
+    assert "the network is not counted" in heading("H100", 8)
+    assert "nothing was measured; every number of memory" in heading("RTX 4090")
+    said = heading("H100", 8, {"256x256": measure.Measured(rate=3.0)})
+    assert "speed is measured where it says so" in said and "network" not in said and "of which" not in said
+
+
+def test_memory_is_that_of_the_largest_bucket_and_a_micro_batch_fits_to_the_last_image():
+    config = full.get_config("1024")
+    config.train.update({"batch_size": 30, "micro_batch": 2})
+    stages = plan.read_stages(config, f"{FULL}:1024", None)
+    given, device = stages[2], plan.look_at("RTX 4090", 24, config, False)
+    settings = forecast.settings_for(given, device)
+    held = model.count_parameters(model.abstract(settings)[1])
+    text = forecast.screen([given], given, device, 60.0, {})
+    assert "with 2 images of 1024x1024 at a time" in text
+    assert "all" not in rows_of(text, "Stages")  # of one stage there is no sum
+    fits = [[int(row[column]) for row in rows_of(text, "Buckets").values()] for column in (8, 9)]
+    config.train.batch_size = math.lcm(*map(min, fits))
+    told = forecast.screen([given], given, device, 60.0, {}).split("at most ")[1]
+    assert told.startswith(f"{min(fits[0])} with remat none, {min(fits[1])} with block (estimate)")
+    parts = estimate.memory(settings, held, 2, given.buckets[0].latent, 128, remat="none")
+    assert float(rows_of(text, "Memory")["none"][7]) == pytest.approx(sum(parts.values()) / 1e9, abs=0.01)
+    exact = replace(device, memory=10)
+    assert [forecast._verdict(total, exact, "")[1] for total in (10, 11)] == ["fits", "does not fit"]
+    compiled = {bucket.name: measure.Measured(1.0, 12_340_000_000, 20) for bucket in given.buckets}
+    assert rows_of(forecast.screen([given], given, device, 60.0, compiled), "Memory")["compiled"][1:3] == [
+        "12.34",
+        "fits,",
+    ]
+
+
+def test_passes_are_samples_over_images_and_what_was_not_measured_is_called_an_estimate():
+    config = full.get_config("256")
+    stages = plan.read_stages(config, f"{FULL}:256", None)
+    device = plan.look_at("RTX 4090", 24, config, False)
+    found = {bucket.name: measure.Measured(rate=50.0, memory=1, updates=20) for bucket in stages[0].buckets}
+    rows = rows_of(forecast.screen(stages, stages[0], device, 60.0, found), "Stages")
+    samples = config.train.total_steps * config.train.batch_size
+    assert float(rows[f"{FULL}:256"][3]) == pytest.approx(samples / 100_000, rel=0.01)
+    assert rows[f"{FULL}:256"][7:] == ["measured"]
+    assert rows[f"{FULL}:512"][7:] == ["estimate", "from", "that", "speed"]
+
+
+def test_the_micro_batch_that_is_named_is_that_of_the_bucket_which_fits_least():
+    config = full.get_config("256")
+    given, device = plan.read_stages(config, f"{FULL}:256", None)[0], plan.look_at("RTX 4090", 24, config, False)
+    text = forecast.screen([given], given, device, 60.0, {})
+    fits = [int(row[8]) for row in rows_of(text, "Buckets").values()]
+    config.train.batch_size = math.lcm(*fits)
+    told = forecast.screen([given], given, device, 60.0, {}).split("at most ")[1]
+    assert told.startswith(f"{min(fits)} with remat none") and min(fits) < max(fits)

@@ -13,7 +13,7 @@ import pytest
 from tiny_run import ROOT, command, curve, tiny
 
 from encode.records import InputError
-from jaxdit import checkpoint, data, metrics, processes, train
+from jaxdit import checkpoint, data, mesh, metrics, processes, train
 
 RUN = {
     "train.total_steps": 40,
@@ -225,3 +225,93 @@ def test_half_of_an_address_is_refused():
         processes.start(None, 2, None)
     with pytest.raises(InputError, match=r"cannot find each other .*process 2"):
         processes.start("localhost:1", 2, 2)
+
+
+def said_by(monkeypatch, *others, first=True):
+    """This process is one of several; the list of what it says to them, who answer with `others`."""
+    given = []
+    monkeypatch.setattr(processes, "many", lambda: True)
+    monkeypatch.setattr(processes, "first", lambda: first)
+
+    def everyone(value):
+        given.append(int(value))
+        return np.array([value, *others] if first else [*others, value], np.int32)
+
+    monkeypatch.setattr(processes, "everyone", everyone)
+    return given
+
+
+def test_what_fails_in_one_process_fails_in_all_with_its_number(monkeypatch):
+    def refuse():
+        raise InputError("it is wrong")
+
+    given = said_by(monkeypatch, 1, 2)
+    with pytest.raises(InputError, match="process 2 of 3 could not go on"):
+        processes.jointly(lambda: 5)
+    given = said_by(monkeypatch, 0, 1)
+    with pytest.raises(OSError, match="process 2 of 3 could not go on"):
+        processes.jointly(lambda: 5)
+    with pytest.raises(InputError, match="it is wrong"):
+        processes.jointly(refuse)
+    with pytest.raises(ZeroDivisionError):
+        processes.jointly(lambda: 1 / 0)
+    assert given == [0, 2, 1]
+    said_by(monkeypatch, 0, 0)
+    assert processes.jointly(lambda: 5) == 5
+
+
+def test_the_first_process_acts_for_all_and_the_others_take_its_answer(monkeypatch):
+    acted = []
+    given = said_by(monkeypatch, 0)
+    assert processes.lead(lambda: acted.append("first") or 7) == 7 and given == [0, 7]
+    monkeypatch.setattr(processes, "jointly", lambda act: act())
+    given = said_by(monkeypatch, 7, first=False)
+    assert processes.lead(lambda: acted.append("other") or 3) == 7 and given == [0] and acted == ["first"]
+
+
+def test_who_sees_something_else_is_named_and_a_wish_of_one_is_everybodys(monkeypatch):
+    said_by(monkeypatch, 3, 5)
+    with pytest.raises(InputError, match=r"^Process 2 of 3 has another data set than process 0"):
+        processes.same(3, "another data set")
+    said_by(monkeypatch, 3, 3)
+    processes.same(3, "another data set")
+    said_by(monkeypatch, True)
+    assert not processes.of_first(False) and processes.anyone(False)
+    said_by(monkeypatch, False)
+    assert processes.of_first(True) and processes.anyone(True) and not processes.anyone(False)
+
+
+def test_a_wish_is_known_to_all_at_the_question_after_and_until_it_is_forgotten(monkeypatch):
+    one = mesh.make_mesh()
+    agreed = processes.Requests(mesh.over_batch(one), mesh.replicated(one))
+    assert agreed.agree(True, False) == (True, False)  # alone
+    monkeypatch.setattr(processes, "many", lambda: True)
+    monkeypatch.setattr(processes, "place", lambda rows, _: np.stack([rows[0], np.array([0, 1], np.int32)]))
+    assert agreed.agree(True, False) == (False, False)
+    assert agreed.agree(False, False) == (True, True)
+    assert agreed.agree(False, False) == (False, True)
+    agreed.forget()
+    assert agreed.agree(False, False) == (False, False)
+
+
+def test_the_end_of_another_process_is_told_apart_from_an_error_of_this_one():
+    words = processes.why(RuntimeError("UNAVAILABLE: failed to connect\nmore"))
+    assert words.startswith("Process 0 of 1 ends: UNAVAILABLE: failed to connect Most likely another process has ended")
+    try:
+        raise ValueError("the field TOTAL_STEPS: is wrong")
+    except ValueError as error:
+        words = processes.why(error)
+    assert "Traceback" in words and "the field TOTAL_STEPS: is wrong" in words
+    assert words.endswith("Process 0 of 1 ends by this error, and all others with it.")
+
+
+def test_the_process_whose_end_ends_all_goes_last(monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(processes.time, "sleep", done.append)
+    monkeypatch.setattr(processes.os, "_exit", done.append)
+    for many, first, waits in ((True, True, True), (True, False, False), (False, True, False)):
+        monkeypatch.setattr(processes, "many", lambda many=many: many)
+        monkeypatch.setattr(processes, "first", lambda first=first: first)
+        done.clear()
+        processes.leave("the end", 3)
+        assert (done[0] > 0) == waits and done[-1] == 3 and capsys.readouterr().err == "the end\n"

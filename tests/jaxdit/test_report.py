@@ -309,7 +309,7 @@ def test_steps_of_previews_are_even_with_the_first_and_the_newest():
     assert max(np.diff(chosen)) <= 600
 
 
-@pytest.mark.parametrize("odd", ["junk", "shapes"])
+@pytest.mark.parametrize("odd", ["junk", "shapes", "nested"])
 def test_nothing_in_the_folder_makes_the_page_fail(tmp_path, odd):
     rows = [{"step": k, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4} for k in range(1, 30)]
     workdir = folder(tmp_path / "run", rows)
@@ -322,6 +322,8 @@ def test_nothing_in_the_folder_makes_the_page_fail(tmp_path, odd):
     (workdir / "gate").mkdir()
     junk = b"\xff\xfe{\0\n{}\n[1]\n3\nnull\n"
     shapes = json.dumps({"train": 3, "health": {"window": "x"}, "metrics": [], "count": "x", "buckets": 4, "gate": 1})
+    if odd == "nested":
+        junk, shapes = b"[" * 100_000 + b"\n", json.dumps({"train": {"total_steps": 10**400}, "count": 10**400})
     for name in (
         "config.json",
         "dataset.json",
@@ -455,3 +457,82 @@ def test_the_advice_names_a_step_that_can_be_gone_back_to(tmp_path):
     checkpoint(workdir, 200, "ema", "state", "data")
     checkpoint(workdir, 300, "ema")
     assert "--config.train.restore=WORKDIR@200" in standing.look(workdir).verdict.words
+
+
+def test_the_pace_is_that_of_the_last_rows_and_a_run_beyond_its_end_has_nothing_left(tmp_path):
+    seconds = np.cumsum([100.0] * 300 + [1.0, 3.0] * 100)
+    rows = [{"step": k, "loss": 1.0, "seconds": s} for k, s in enumerate(seconds.tolist(), 1)]
+    rows[-5]["seconds"] = None
+    run = standing.look(folder(tmp_path / "run", rows, train={"total_steps": 600, "batch_size": 4}))
+    assert run.rate == pytest.approx(4 / 2, rel=0.02) and run.left == pytest.approx(100 * 4 / run.rate)
+    run = standing.look(folder(tmp_path / "run", rows, train={"total_steps": 400, "batch_size": 4}))
+    assert run.done and run.left == 0
+
+
+def test_quick_rows_do_not_make_a_run_stale_before_half_an_hour_and_one_pause_does_not_hide_it(tmp_path):
+    seconds = [float(k) for k in range(1, 41)] + [50_000.0 + k for k in range(40)]
+    rows = [{"step": k, "loss": 1.0, "seconds": s} for k, s in enumerate(seconds, 1)]
+    workdir = folder(tmp_path / "run", rows)
+    for minutes, stale in ((29, False), (31, True)):
+        then = time.time() - 60 * minutes
+        os.utime(workdir / "metrics.jsonl", (then, then))
+        assert standing.look(workdir).stale == stale
+
+
+def test_the_losses_are_means_of_the_newest_rows_and_the_average_with_all_conditions(tmp_path):
+    rows = [{"step": k, "loss": 5.0 if k <= 50 else k % 2} for k in range(1, 101)]
+    rows[-1] |= {"held_out_loss": 0.9, "eval/held_out/ema/text_vision": 0.7, "voided": 4, "voided_in_row": 1}
+    run = standing.look(folder(tmp_path / "run", rows))
+    assert run.loss == pytest.approx(0.5) and run.held_out == 0.7 and run.voided == 4
+
+
+def test_more_verdicts_than_places_each_have_one_to_the_end(tmp_path):
+    rows = [{"step": k, "loss": 1.0, "health": "sound"} for k in range(1, 8)]
+    rows[-1]["health"] = "diverged"
+    run = standing.look(folder(tmp_path / "run", rows))
+    assert run.spans(health.VERDICTS, columns=2) == [(0.0, 3.5, "good"), (3.5, 7.0, "act")]
+    rows[2]["health"] = "spike"
+    run = standing.look(folder(tmp_path / "run", rows))
+    assert [level for *_, level in run.spans(health.VERDICTS, columns=70)] == [
+        "unknown",
+        "good",
+        "watch",
+        "good",
+        "act",
+    ]
+
+
+def test_rows_that_say_nothing_of_health_are_judged_now(tmp_path):
+    rows = [{"step": k, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4} for k in range(1, 400)]
+    for row in rows[-40:]:
+        row["grad_norm"] = 300.0
+    verdict = standing.look(folder(tmp_path / "run", rows)).verdict
+    assert verdict == health.judge(rows) and verdict.level == "act"
+    rows[-1]["health"] = "young"  # of the trainer, without words of now
+    verdict = standing.look(folder(tmp_path / "run", rows)).verdict
+    assert (verdict.name, verdict.level) == ("young", health.VERDICTS["young"])
+
+
+def test_checkpoints_ascend_and_what_was_never_finished_is_none(tmp_path):
+    workdir = folder(tmp_path / "run", [{"step": 100, "loss": 1.0}])
+    for step in (100, 9, 20):
+        checkpoint(workdir, step, "ema")
+    checkpoint(workdir, 110, "state", "data")
+    assert [saved.step for saved in standing.look(workdir).saved] == [9, 20, 100]
+
+
+def test_a_folder_without_rows_is_as_new_as_the_look_and_damaged_lines_are_counted(tmp_path):
+    workdir = folder(tmp_path / "run", train={"total_steps": True, "batch_size": 4})
+    (workdir / "config_history.jsonl").write_text('{"field": "a"}\n[1]\n{\n{"field": "b"}\n')
+    run = standing.look(workdir)
+    assert run.as_of == run.now and run.total == 0 and not run.stale
+    assert [row["field"] for row in run.changes] == ["a", "b"]
+    assert run.problems == ["config_history.jsonl has 2 lines that cannot be read."]
+    (workdir / "origin.json").write_text("[1]")
+    assert standing.look(workdir).origin == {}
+
+
+def test_a_place_that_a_trouble_fills_in_part_shows_it(tmp_path):
+    rows = [{"step": k, "loss": 1.0, "health": "diverged" if k <= 5 else "sound"} for k in range(1, 11)]
+    spans = standing.look(folder(tmp_path / "run", rows)).spans(health.VERDICTS, columns=4)
+    assert spans == [(0.0, 7.5, "act"), (7.5, 10.0, "good")]  # from 5 to 7.5 it was there until 6

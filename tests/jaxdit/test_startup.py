@@ -2,8 +2,12 @@ import logging
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import make_data
+import numpy as np
+import pytest
 from absl import flags
 from ml_collections import config_flags
 from tiny_run import ROOT, tiny
@@ -169,3 +173,85 @@ def test_only_the_steps_that_are_left_take_time(tmp_path):
     config = tiny(tmp_path, **{"train.total_steps": 1000, "train.batch_size": 36, "metrics.watts": 500.0})
     assert "in 30 min 00 s (" in startup.remaining(config, step=500, rate=10.0)
     assert "0.2 kWh" in startup.remaining(config, step=500, rate=10.0)
+
+
+def test_what_just_fits_is_not_warned_of_and_a_byte_more_is(tmp_path):
+    make_data.dataset(tmp_path / "64", {"64x64": 9})
+    config, dataset = tiny(tmp_path / "64"), data.Dataset(tmp_path / "64", text_lengths=(16,))
+    settings = trained.model_settings(config.model, dataset.info["widths"])
+    needed = startup.largest(config, dataset, settings, model.abstract(settings)[1])
+    assert not screen(tmp_path, memory=needed)[1] and len(screen(tmp_path, memory=needed - 1)[1]) == 1
+
+
+def test_a_run_that_goes_back_is_named_and_not_warned_of_its_resolution(tmp_path):
+    changes = {"train.batch_size": 256, "train.micro_batch": 4}
+    back = {"restore": {"workdir": "B", "step": 2_000}}
+    lines, warnings = screen(tmp_path, "1024", origin=back, **changes)
+    assert not warnings and "Goes back  from step 2,000 of B." in lines
+    enough = startup.ENOUGH_SAMPLES // 256  # steps
+    assert not screen(tmp_path, "1024", **changes, **{"train.total_steps": enough})[1]
+    assert len(screen(tmp_path, "1024", **changes, **{"train.total_steps": enough - 1})[1]) == 1
+
+
+def test_averages_that_stay_for_good_are_those_of_steps_that_are_saved(tmp_path):
+    shapes = model.abstract(trained.model_settings(tiny("").model, {"latent": 16, "text": 12, "vision": 6}))[1]
+    # Of 20,000 and 50,000 both are multiples of 100,000 alone; 150,000 is saved three times, and each time kept.
+    for every, snapshots in ((20_000, 10 + 4), (150_000, 3 + 3)):
+        config = tiny("", **{"train.total_steps": 450_000, "checkpoint.every": every})
+        assert startup.disk(config, shapes) == 40_562 * 4 * (4 * 6 + snapshots)
+
+
+def test_many_devices_divide_the_micro_batch_and_with_fsdp_the_model(tmp_path, monkeypatch):
+    make_data.dataset(tmp_path / "64", {"64x64": 9})
+    dataset = data.Dataset(tmp_path / "64", text_lengths=(16,))
+
+    def needed(count, fsdp):
+        monkeypatch.setattr(jax, "device_count", lambda: count)
+        config = tiny(tmp_path / "64", **{"train.micro_batch": 8, "train.batch_size": 8, "mesh.fsdp": fsdp})
+        settings = trained.model_settings(config.model, dataset.info["widths"])
+        return startup.worst(config, dataset, settings, model.abstract(settings)[1])
+
+    one, four, cut = needed(1, 1), needed(4, 1), needed(4, 2)
+    assert four["batch"] == one["batch"] / 4 and cut["batch"] == four["batch"]
+    assert four["parameters"] == one["parameters"] > 1.5 * cut["parameters"] > one["parameters"] / 2
+
+
+def test_several_devices_are_told_with_what_each_of_them_holds_whole(tmp_path, monkeypatch, caplog):
+    make_data.dataset(tmp_path / "64", {"64x64": 4})
+    config, dataset = tiny(tmp_path / "64"), data.Dataset(tmp_path / "64")
+    settings = trained.model_settings(config.model, dataset.info["widths"])
+    shapes, caplog_level = model.abstract(settings)[1], caplog.at_level(logging.INFO)
+    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+    many = SimpleNamespace(size=24, shape={"data": 3, "fsdp": 8}, devices=np.array(jax.devices()))
+    with caplog_level:
+        startup.announce(config, dataset, settings, shapes, {}, tmp_path, mesh.make_mesh())
+        assert "Devices" not in caplog.text and "Every device" not in caplog.text
+        startup.announce(config, dataset, settings, shapes, {}, tmp_path, many)
+    assert "Devices    24 x cpu (data 3 x fsdp 8)." in caplog.text
+    whole = "text_in/kernel, vision_in/kernel"  # 12 and 6 rows
+    assert f"Every device holds {whole} whole, because fsdp=8 does not divide their rows." in caplog.text
+
+
+def test_the_memory_is_the_cards_pool_or_the_machines(monkeypatch):
+    with open("/proc/meminfo") as file:
+        total = 1024 * int(file.readline().split()[1])
+    assert startup.device_memory() == pytest.approx(total, rel=0.01)
+    card = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 21_600_000_000})
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [card])
+    assert startup.device_memory() == 21_600_000_000
+
+
+def test_the_largest_bucket_is_that_of_most_pixels_not_the_tallest(tmp_path):
+    found = []
+    for name, buckets in (("a", {"112x112": 2}), ("b", {"64x128": 2, "112x112": 2})):
+        make_data.dataset(tmp_path / name, buckets)
+        config, dataset = tiny(tmp_path / name), data.Dataset(tmp_path / name, text_lengths=(16,))
+        settings = trained.model_settings(config.model, dataset.info["widths"])
+        found.append(startup.worst(config, dataset, settings, model.abstract(settings)[1]))
+    assert found[0] == found[1]
+
+
+def test_a_run_that_judges_nothing_says_so(tmp_path):
+    lines, _ = screen(tmp_path, **{"train.eval_every": 0, "train.eval_images": 4})
+    assert any(line.startswith("Saved ") and line.endswith("; no held-out evaluation.") for line in lines)
