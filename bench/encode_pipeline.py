@@ -24,7 +24,7 @@ from PIL import Image
 from bench import device
 from configs import encode_flux
 from encode import captions, commandline, images, main, pipeline, prepare
-from encode.leg import Speed
+from encode.progress import Speed
 from encode.workers import Workers
 from tests.encode import tiny_models
 

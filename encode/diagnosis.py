@@ -20,7 +20,7 @@ import numpy as np
 
 from encode import records, stats
 from encode.checkup import Found
-from encode.promise import Data, Shard, read_json
+from encode.expected import Data, Shard, read_json
 
 METADATA = ("features.json", "dataset_info.json")
 # dataset.json's keys as encode writes them

@@ -14,8 +14,6 @@ import contextlib
 import logging
 import os
 import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,12 +22,12 @@ from typing import Any
 
 from absl import flags
 
-from encode import checkup, commandline, diagnosis, images, mend, pipeline, prepare, promise, records
+from encode import checkup, commandline, diagnosis, expected, images, mend, pipeline, prepare, records
 from encode import main as encode_main
 from encode.checkup import Found
 from encode.diagnosis import Damage
-from encode.leg import DISK_FULL, Progress, disk_full
-from encode.promise import Data, Shard
+from encode.expected import Data, Shard
+from encode.progress import DISK_FULL, Progress, disk_full
 from encode.records import InputError
 from encode.workers import Workers
 
@@ -95,7 +93,7 @@ def examine(call: Call, load: Load = encode_main.load, stop: Callable[[], bool] 
     """
     if not call.data.is_dir():
         records.load_dataset(call.data)
-    data, verdict = promise.load(call.data), Verdict()
+    data, verdict = expected.load(call.data), Verdict()
     if call.repair and data.plan is None:
         raise InputError(
             f"{data.out / 'plan.json'} is missing, so nothing says which pictures belong into a shard; a copy is repaired by "
@@ -274,7 +272,7 @@ def _repair(session: _Session, found: dict[Shard, Found], verdict: Verdict) -> N
     kinds = {damage.mend for damage in left}
     if "dataset" in kinds and not kinds & {"shard", "part", "index"}:
         mended.append(mend.write_dataset(data, found))
-    left = diagnosis.judge(promise.load(data.root), found)
+    left = diagnosis.judge(expected.load(data.root), found)
     # What only a comparison with the photographs shows is not seen by judging again.
     named = {damage.file for damage in left} | set(mended)
     verdict.damages = left + [damage for damage in damages if damage.mend in ("", "shard") and damage.file not in named]
@@ -341,9 +339,7 @@ def define_flags() -> None:
 
 
 def main() -> int:
-    options, asked = flags.FLAGS, threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked.set())
+    options, asked = flags.FLAGS, commandline.stop_on_signal()
     if options.reencode < 0:
         raise InputError(f"--reencode={options.reencode}: 0 or more is wanted.")
     originals = commandline.path_of(options.images) if options.images else None

@@ -17,7 +17,7 @@ import numpy as np
 
 from encode import buckets, images, pipeline, prepare, records, shard
 from encode import plan as plan_rules
-from encode.leg import amount, kind_of, span
+from encode.progress import amount, kind_of, span
 from encode.workers import Workers
 
 SAMPLE, PATIENCE = 200, 120.0  # pictures encoded to measure, in so many seconds at most; the first batch warms up

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from encode import buckets, captions, source
-from encode.leg import kind_of
+from encode.progress import kind_of
 
 DOTS = 2000  # at most so many different sizes are drawn; more are rounded to a grid first
 SPREAD = 4.5  # deviations on each side that a histogram of latents shows

@@ -11,8 +11,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import signal
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,8 +26,7 @@ log = logging.getLogger(__name__)
 
 def main(config: Any, dry_run: bool = False) -> int:
     """Run the whole of it, or say what it would be; returns the exit code."""
-    asked = threading.Event()
-    _stop_on_signal(asked)
+    asked = commandline.stop_on_signal()
     check(config)
     from encode import source
 
@@ -133,19 +130,6 @@ def _check_engine(config: Any) -> None:
             if config.ray[name] < 0:
                 raise InputError(f"config.ray.{name}={config.ray[name]}: at least 0 is wanted.")
         importlib.import_module("encode.ray_engine")  # says what is to be installed if it is not
-
-
-def _stop_on_signal(asked: threading.Event) -> None:
-    """The first signal asks for a stop between two pictures; a second one stops at once, which loses nothing either."""
-
-    def handle(number, frame):
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, handle)
 
 
 if __name__ == "__main__":

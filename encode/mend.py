@@ -11,7 +11,7 @@ import numpy as np
 
 from encode import checkup, diagnosis, images, pipeline, prepare, records, stats
 from encode.checkup import Found
-from encode.promise import Data, Shard
+from encode.expected import Data, Shard
 from encode.source import Problem
 
 

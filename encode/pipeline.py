@@ -21,8 +21,8 @@ from typing import Any
 from encode import images, prepare, records
 from encode import plan as plan_rules
 from encode.finish import finish, is_finished
-from encode.leg import DISK_FULL, Progress, disk_full, say_need, say_problems
 from encode.plan import Stopped
+from encode.progress import DISK_FULL, Progress, disk_full, say_need, say_problems
 from encode.records import InputError
 from encode.shard import Context, Encoders, Job, WorkFailed, encode_batch, encode_shard
 from encode.sidecars import shown

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from encode import buckets, captions, images, prepare
-from encode.leg import Progress
+from encode.progress import Progress
 from encode.records import InputError, bucket_name
 from encode.source import Collection, Item, Problem
 from encode.workers import Workers

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from encode import plan as plan_rules
 from encode import prepare, records
 from encode.images import ImageProblem
-from encode.leg import DISK_FULL, disk_full
+from encode.progress import DISK_FULL, disk_full
 from encode.records import InputError
 from encode.shard import Context, Job, WorkFailed, encode_shard
 from encode.workers import CannotStart, Workers
@@ -170,7 +170,7 @@ def shares(order: Order, node: str, probe: bool = True) -> str | None:
 
 
 class _Tally:
-    """Stands for leg.Progress in an actor."""
+    """Stands for progress.Progress in an actor."""
 
     def __init__(self, shard: Key | None):
         self.shard, self.count, self.waited, self.refused = shard, 0, 0.0, 0

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from encode import records
-from encode.leg import Progress
+from encode.progress import Progress
 from encode.ray_actor import TOKEN, Actor, Key, Order, Outcome, Report, key
 from encode.records import InputError
 from encode.shard import Context, Job, Stopped, WorkFailed

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from encode import buckets, captions, charts, facts, readback
-from encode.leg import bare, span
 from encode.page import (
     LISTED,
     changes,
@@ -33,6 +32,7 @@ from encode.page import (
     tiles,
     whole,
 )
+from encode.progress import bare, span
 
 REFUSED, REFUSED_EACH, REFUSED_SIDE = 48, 8, 144  # thumbnails of refused pictures: in all, a reason, pixels
 WORST = 8

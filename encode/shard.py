@@ -20,8 +20,8 @@ import numpy as np
 
 from encode import buckets, captions, images, prepare, records, stats
 from encode import plan as plan_rules
-from encode.leg import Progress, Speed, out_of_memory
 from encode.plan import Stopped, WorkFailed
+from encode.progress import Progress, Speed, out_of_memory
 from encode.records import InputError
 from encode.source import Item, Problem
 from encode.workers import Workers

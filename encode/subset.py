@@ -13,8 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -341,9 +339,7 @@ def define_flags() -> None:
 
 
 def main() -> int:
-    options, asked = flags.FLAGS, threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked.set())
+    options, asked = flags.FLAGS, commandline.stop_on_signal()
     originals = commandline.path_of(options.images) if options.images else None
     data, out = commandline.path_of(options.data), commandline.path_of(options.out)
     call = Call(data, out, options.count, options.size, originals)

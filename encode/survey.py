@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from encode import records, selection, stats
-from encode.leg import Progress
 from encode.plan import Stopped
+from encode.progress import Progress
 
 TOGETHER = 16  # records in memory at a time
 

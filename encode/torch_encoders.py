@@ -14,8 +14,8 @@ import torch
 
 from encode import weights
 from encode.devices import Attention, DeviceEncoder, choose
-from encode.leg import out_of_memory
 from encode.prepare import Resizing
+from encode.progress import out_of_memory
 from encode.records import InputError
 
 VAE_PIXELS = 4 * 1024 * 1024  # in one go; more are taken in parts

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encode import pipeline, plan, records, report, stats
+from encode import pipeline, plan, progress, records, report, stats
 from tests.encode import fakes
 
 RESOLUTIONS = (128, 256)
@@ -167,20 +167,18 @@ def test_progress_is_there_for_scripts(tmp_path):
 
 
 def test_waiting_and_refusals_add_up_over_the_shards(tmp_path, monkeypatch, caplog):
-    from encode import leg
-
     caplog.set_level("INFO")
     clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(leg.time, "monotonic", lambda: next(clock))
-    progress = leg.Progress("pictures encoded", 8, 8, tmp_path)
-    progress.refused = 1
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    told = progress.Progress("pictures encoded", 8, 8, tmp_path)
+    told.refused = 1
     for waited, refused in ((1.0, 0), (3.0, 1)):
-        progress.step(2, waited, refused)
-    progress.next_shard()
-    progress.step(4, 2.0, 1)
+        told.step(2, waited, refused)
+    told.next_shard()
+    told.step(4, 2.0, 1)
     found = json.loads((tmp_path / "progress.json").read_text())
     assert found["refused"] == 3
-    assert found["waited_fraction"] == pytest.approx(5.0 / (progress.said - progress.started), abs=1e-3)
+    assert found["waited_fraction"] == pytest.approx(5.0 / (told.said - told.started), abs=1e-3)
     assert "3 refused" in caplog.messages[-1] and "8 of 8 pictures encoded" in caplog.messages[-1]
 
 
@@ -200,11 +198,9 @@ def test_the_disk_that_is_needed_is_said_before_and_is_about_what_is_written(tmp
 
 
 def test_a_disk_that_is_too_small_is_said_before(tmp_path, caplog, monkeypatch):
-    from encode import leg
-
     images = fakes.photographs(tmp_path / "in", 4)
-    real = leg.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(leg.shutil, "disk_usage", lambda path: real._replace(free=20_000))
+    real = progress.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(progress.shutil, "disk_usage", lambda path: real._replace(free=20_000))
     _run(images, tmp_path / "out")
     assert any("That is not enough: the run will stop after about" in line for line in caplog.messages)
 
