@@ -7,12 +7,14 @@ torch_encoders.py, imported only when one is named: PyTorch takes seconds. `devi
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from encode import records
 from encode.demo_encoders import DemoText, DemoVAE, DemoVision, Square
 from encode.prepare import Resizing
 from encode.records import InputError
@@ -120,6 +122,17 @@ def load_vision(section: Mapping[str, Any], device: str = "auto") -> Vision:
         return DINOv3Vision(section["path"], dtype=dtype, area=section["area"], device=device)
 
     return _choose("vision", section, {"demo": lambda: DemoVision(section["area"]), "dinov3": dinov3})
+
+
+def refuse_another(kind: str, encoder: Any, fingerprints: Mapping[str, Any], advice: str = "bring that one") -> None:
+    """InputError where an encoder is not the one of a data set's fingerprints; of vectors that were given nobody knows it."""
+    stored, found = fingerprints.get(kind, records.PRECOMPUTED), json.loads(json.dumps(encoder.fingerprint))
+    if stored != records.PRECOMPUTED and (differing := [name for name in found if found[name] != stored.get(name)]):
+        name = differing[0]
+        raise InputError(
+            f"the {kind} encoder found here is not the one that the data set was encoded with: {name} is {found[name]}, it was "
+            f"{stored.get(name)}; {advice}."
+        )
 
 
 def _choose(kind: str, section: Mapping[str, Any], choices: Mapping[str, Callable[[], Any]]) -> Any:

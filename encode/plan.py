@@ -18,7 +18,7 @@ from typing import Any
 
 from encode import buckets, captions, images, prepare
 from encode.progress import Progress
-from encode.records import InputError, bucket_name
+from encode.records import PRECOMPUTED, InputError, bucket_name
 from encode.source import Collection, Item, Problem
 from encode.workers import Workers
 
@@ -308,7 +308,7 @@ def targets(config: Any, cells: int, shape: buckets.Shape, size: tuple[int, int]
 
 def fingerprint(config: Any, encoders: Any) -> dict[str, Any]:
     """Everything that decides what the records hold."""
-    vision = {"id": "precomputed"} if encoders.vision is None else encoders.vision.fingerprint
+    vision = PRECOMPUTED if encoders.vision is None else encoders.vision.fingerprint
     return {
         "config": {name: value for name, value in _flat(config.to_dict()).items() if name not in FREE},
         "encoders": {"vae": encoders.vae.fingerprint, "text": encoders.text.fingerprint, "vision": vision},

@@ -30,6 +30,7 @@ SHARD_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"  # no total in t
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32), "uint8": np.dtype(np.uint8)}
 INDEX_DTYPE = np.dtype([("pixel_hash", "S32"), ("text_length", "<i4"), ("text_flip_length", "<i4"), ("flags", "u1")])
 CAN_FLIP, HAS_MASK = 1, 2  # bits of the index column "flags"
+PRECOMPUTED = {"id": "precomputed"}  # fingerprint of vision vectors that were given: nobody knows their encoder
 _writer = ""  # part of temporary files' names
 ARRAYS = ("latent", "latent_flip", "text", "text_flip", "vision", "vision_flip", "mask")
 STRINGS = ("id", "caption", "caption_flip", "pixel_hash")

@@ -28,7 +28,6 @@ from jaxdit.wishes import ID, Wish
 
 MAX_PIXELS = 500_000_000  # of a reference
 TEXTS = 32  # sentences in one go
-PRECOMPUTED = {"id": "precomputed"}  # vectors that were given: nobody knows of which encoder
 
 
 @dataclass(frozen=True)
@@ -162,8 +161,8 @@ class _Work:
     def _pictures(self, names: Sequence[str], wheres: Mapping[str, str]) -> None:
         from encode import images
 
-        fingerprint, encoder = self.dataset["fingerprint"].get("vision", PRECOMPUTED), None
-        cache = self.cache if fingerprint != PRECOMPUTED else Cache(None)
+        fingerprint, encoder = self.dataset["fingerprint"].get("vision", records.PRECOMPUTED), None
+        cache = self.cache if fingerprint != records.PRECOMPUTED else Cache(None)
         for name in names:
             key = cache.key("vision", fingerprint, self.hashes.get(name, ""))
             if (stored := cache.get(key, "vision")) is not None:
@@ -213,7 +212,7 @@ class _Work:
         return vector.reshape(width).astype(np.float32)
 
     def inits(self, wanted: Sequence[tuple[str, tuple[int, int], str]], vae: Any) -> None:
-        from encode import images
+        from encode import encoders, images
 
         fingerprint = self.dataset["fingerprint"]["vae"]
         for name, size, where in wanted:
@@ -224,7 +223,7 @@ class _Work:
             if (stored := self.cache.get(key, "init")) is not None:
                 self.found["init", place] = stored["init"]
                 continue
-            _refuse_another("vae", vae, self.dataset)
+            encoders.refuse_another("vae", vae, self.dataset["fingerprint"])
 
             def look(name=name, size=size, key=key):
                 pixels = images.resize(images.decode(commandline.path_of(name), MAX_PIXELS), *size)
@@ -253,7 +252,7 @@ class _Work:
         if section["name"] != "demo":  # gigabytes from a disk
             print(f"Loading the {kind} encoder from {section['path']} ...", flush=True)
         encoder = load(section)
-        _refuse_another(kind, encoder, self.dataset)
+        encoders.refuse_another(kind, encoder, self.dataset["fingerprint"])
         return encoder
 
 
@@ -273,17 +272,6 @@ def find_ids(source: data.Dataset, cache: Cache) -> dict[str, tuple[str, int]]:
                 places += [(bucket, str(row)) for row in rows]
         stored = cache.put(key, ids=np.array(ids, np.str_), places=np.array(places, np.str_))
     return {str(name): (str(bucket), int(row)) for name, (bucket, row) in zip(stored["ids"], stored["places"])}
-
-
-def _refuse_another(kind: str, encoder: Any, dataset: Mapping[str, Any]) -> None:
-    stored = dataset["fingerprint"].get(kind, PRECOMPUTED)
-    found = json.loads(json.dumps(encoder.fingerprint))
-    if stored != PRECOMPUTED and (differing := [name for name in found if found[name] != stored.get(name)]):
-        name = differing[0]
-        raise InputError(
-            f"the {kind} encoder found here is not the one that the data set was encoded with: {name} is {found[name]}, it was "
-            f"{stored.get(name)}; bring that one."
-        )
 
 
 def _cut(prompt: str, encoder: Any) -> str:

@@ -111,30 +111,18 @@ def encode(workdir: Path, prompts: list[str], references: list[str]) -> None:
             pictures.append(images.decode(commandline.path_of(reference), MAX_PIXELS))
         except (images.ImageProblem, OSError) as error:
             raise InputError(f"sample.references: {reference}: {error}.") from error
-    found, cut = {}, []
+    found, cut, other = {}, [], "bring that one, or leave sample.prompts and sample.references empty"
     if prompts:
         text = encoders.load_text(sections["text"], "cpu")
-        _refuse_another("text", text.fingerprint, stored)
+        encoders.refuse_another("text", text, stored, other)
         found |= {f"text_{number}": tokens for number, tokens in enumerate(text.encode(prompts))}
         cut = [number for number, prompt in enumerate(prompts) if text.count_tokens(prompt) > text.max_tokens]
     if pictures:
         vision = encoders.load_vision(sections["vision"], "cpu")
-        if stored.get("vision") != {"id": "precomputed"}:  # of vectors that were given nobody knows the encoder
-            _refuse_another("vision", vision.fingerprint, stored)
+        encoders.refuse_another("vision", vision, stored, other)
         found |= {f"vision_{number}": vision.encode([pixels])[0] for number, pixels in enumerate(pictures)}
     with open(workdir / "previews" / ENCODED, "wb") as file:
         np.savez(file, cut=np.array(cut, np.int32), **found)
-
-
-def _refuse_another(kind: str, found: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    found = json.loads(json.dumps(found))
-    differing = [name for name in found if kind in stored and found[name] != stored[kind].get(name)]
-    if differing:
-        name = differing[0]
-        raise InputError(
-            f"the {kind} encoder found here is not the one that the data set was encoded with: {name} is {found[name]}, it "
-            f"was {stored[kind].get(name)}; bring that one, or leave sample.prompts and sample.references empty."
-        )
 
 
 def _description(workdir: Path) -> dict[str, Any]:

@@ -6,24 +6,15 @@ No scripts, no network: one file, light or dark as the reader's machine is, from
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from encode.page import text as escape
+
 SIDE = 320  # pixels of a strip's pictures, at most: twice what they take on the screen
-
-# What would break the page, or turn its text around, is shown as a sign instead of being obeyed.
-_HIDDEN = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029, 0xFEFF, 0xFFFE, 0xFFFF)
-_SIGNS = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "\u2421"}
-_SIGNS |= {code: f"[U+{code:04X}]" for code in (*_HIDDEN, *range(0xD800, 0xE000))}
-
-
-def escape(words: Any) -> str:
-    """Any value as text that a page shows letter by letter."""
-    return html.escape(str(words).translate(_SIGNS), quote=True)
 
 
 def page(title: str, body: str, head: str | None = None) -> str:

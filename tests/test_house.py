@@ -38,7 +38,7 @@ FLOORS = [
         "cache",
     },
 ]
-SHARED = {"encode.records", "encode.commandline", "encode.writing"}  # what both halves import
+SHARED = {"encode.records", "encode.commandline", "encode.writing", "encode.page"}  # what both halves import
 EDGE = {
     "sample",
     "conditions",

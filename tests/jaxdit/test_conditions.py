@@ -296,7 +296,7 @@ def test_a_picture_to_start_from_is_kept_for_each_size(told, picture, tmp_path):
 
 def test_vectors_of_an_encoder_that_nobody_knows_are_not_kept(told, picture, tmp_path, counted):
     asked, _ = counted
-    told[1]["fingerprint"]["vision"] = conditions.PRECOMPUTED
+    told[1]["fingerprint"]["vision"] = records.PRECOMPUTED
     for _ in range(2):
         encode(told, [{"reference": str(picture[0])}], tmp_path / "cache")
     assert len(asked["vision"]) == 2  # another encoder may stand there tomorrow
