@@ -1,7 +1,16 @@
 """Many processes: how they find each other, agree on what only one of them knows, and end together.
 
 JAX's own runtime connects them. All run the same program over the same plan, each on its own devices; what depends on a
-clock, a signal or a disk is one process's, and is made everybody's here before anybody acts on it.
+clock, a signal or a disk is one process's, and is made everybody's here before anybody acts on it:
+
+    same(value)      is refused where two do not see the same
+    of_first(value)  what process 0 says
+    anyone(value)    whether any says so
+    jointly(act)     each acts; where one fails, all do
+    lead(act)        process 0 acts; its answer and its failure are everybody's
+    Requests         what any has asked for, without waiting for the devices
+
+All but the last wait for the slowest. Alone, each costs nothing.
 """
 
 from __future__ import annotations

@@ -281,7 +281,10 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
 
 
 def begin(config, workdir, made, saver, devices):
-    """(step, state, what was kept beside it): from the newest checkpoint, from where the run comes from, or new ({})."""
+    """(step, state, kept): from the newest checkpoint, from where the run comes from, or new.
+
+    What `run.save` has kept beside the state: position in the data, metrics, config, devices, order; {} of a new run.
+    """
     wanted = mesh.placed(devices, jax.eval_shape(made.fresh))  # shapes alone: two states at once would not fit
     lying = mesh.shardings(devices, wanted)
     restored = saver.restore(*_split_ema(wanted))
