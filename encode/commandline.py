@@ -34,7 +34,8 @@ STOPPED = 3  # exit code of what a signal ended, with everything kept that was m
 
 def command(module: str, words: Sequence[str]) -> str:
     """What a shell takes, in the folder of this code, to run one of our modules with the Python that runs this one."""
-    python, root = Path(sys.executable), Path(__file__).parents[1]
+    root, python = Path(__file__).resolve().parents[1], Path(sys.executable or "python")
+    python = python.parent.resolve() / python.name  # the file itself may be a link out of the environment
     name = python.relative_to(root) if python.is_relative_to(root) else "python"
     return shlex.join([str(name), "-m", module, *words])
 

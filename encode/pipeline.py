@@ -185,15 +185,15 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
         new = plan_rules.added(config, folder, out, plan, collection, refused, again)
         if not new:
             return plan
-        _check_words(
-            config, encoders, new
-        )  # before they are planned: from then on their captions must stay what they are
+        before = plan["inputs"].keys()
         plan |= plan_rules.grow(config, plan, new, workers, stop)
     else:
-        _check_words(config, encoders, collection.items)
-        plan = {"schema": records.SCHEMA, "fingerprint": wanted}
+        before, plan = (), {"schema": records.SCHEMA, "fingerprint": wanted}
         plan |= plan_rules.make_plan(config, collection, workers, stop)
         plan["vision_width"] = plan["vision_width"] or encoders.vision.width
+    # Before the plan is stored: from then on captions must stay what they are.
+    added = {entry[0] for shard in plan["shards"] for entry in shard["items"]}.difference(before)
+    _check_words(config, encoders, [item for item in collection.items if item.id in added])
     if keep:
         (out / "parts").mkdir(exist_ok=True)
         records.write_json(path, plan)

@@ -19,7 +19,7 @@ import numpy as np
 
 from encode import commandline
 from encode.records import InputError, publish
-from jaxdit.wishes import Wish
+from jaxdit.wishes import ID, Wish
 
 LONGEST = 48  # signs of a prompt in a file's name
 FILES = ("config.json", "dataset.json")  # what a working folder says of its model
@@ -154,7 +154,9 @@ def command_of(wish: Wish, workdir: Path, settings: Mapping[str, str]) -> str:
 
 def stem_of(wish: Wish) -> str:
     """The beginning of the file's name: the prompt's first words, else the name of a reference or of init, and the seed."""
-    words = _slug(wish.prompt) or _slug(" ".join(Path(name).stem for name in wish.references or (wish.init,)))
+    words = _slug(wish.prompt) or _slug(
+        " ".join(Path(name.removeprefix(ID)).stem for name in wish.references or (wish.init,))
+    )
     return f"{words or 'without-words'}-s{wish.seed}"
 
 

@@ -41,7 +41,8 @@ class Given:
 
 def identify(wishes: Sequence[Wish]) -> dict[str, str]:
     """16 hexadecimal characters of the content of each file that the wishes name; no entry for what is no file."""
-    names = {name for wish in wishes for name in (*wish.references, wish.init) if name and not name.startswith(ID)}
+    names = {name for wish in wishes for name in wish.references if not name.startswith(ID)}
+    names |= {wish.init for wish in wishes if wish.init}
     hashes = {}
     for name in sorted(names):
         if (path := commandline.path_of(name)).is_file():
@@ -185,15 +186,16 @@ class _Work:
             places = find_ids(source, self.cache)
         except InputError as error:
             source, places = None, {}
-            why = f"no such file, and the data set {path} cannot be asked for an image of this name ({error})"
+            why = f"the data set {path} cannot be asked for an image of this name ({error})"
         else:
-            why = f"no such file, and no image of this name in the data set {path}"
+            why = f"no image of this name in the data set {path}"
         for name in names:
             if name.removeprefix(ID) in places:
                 bucket, row = places[name.removeprefix(ID)]
                 self.found["vision", name] = np.asarray(source.records(bucket, [row])[0]["vision"], np.float32)
             else:
-                self._fail("vision", name, wheres[name], why)
+                file = "" if commandline.path_of(name.removeprefix(ID)).is_file() else "no such file, and "
+                self._fail("vision", name, wheres[name], file + why)
 
     def _vector(self, path: Path) -> np.ndarray:
         try:

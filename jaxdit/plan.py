@@ -24,7 +24,7 @@ from absl import flags
 
 from encode import commandline, records
 from encode.records import InputError
-from jaxdit import data, estimate, forecast, measure, mesh, startup, workdir
+from jaxdit import data, estimate, forecast, measure, mesh, optim, startup, workdir
 from jaxdit.forecast import Device, Stage
 from jaxdit.measure import Bucket
 
@@ -178,6 +178,7 @@ def plan(
     workdir.check(checked, jax.device_count() if real else cards or 1)
     try:
         mesh.compute_dtype(config.model.dtype)
+        optim.warmup_updates(config.optim.warmup_steps, config.train.total_steps)
     except ValueError as error:
         raise InputError(str(error)) from error
     stages = read_stages(config, name, resolution)

@@ -128,7 +128,7 @@ class _Session:
     def make(self, asked, grids, known, problems) -> int:
         in_grid = frozenset(place for lines in grids for line in lines for place in line)
         plan = self.studio.plan(asked, in_grid)
-        names, settings = plan.names, plan.settings
+        asked, names, settings = plan.asked, plan.names, plan.settings
         if there := self.studio.there(plan):
             print(
                 f"{len(there)} of {len(asked)} pictures are there already with the same settings; they stay as they are."
@@ -324,7 +324,7 @@ def _floats(name: str) -> list[float] | None:
 
 def _call() -> dict[str, str]:
     """What a sheet's or a grid's file says of itself: the command that this call is."""
-    return {"command": commandline.command("jaxdit.sample", sys.argv[1:])}
+    return {"command": commandline.command("jaxdit.sample", map(album.plain, sys.argv[1:]))}
 
 
 def _words(wish: Wish) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from encode.records import InputError, read_json, write_json
 
 NAME = "seal.json"
+LATEST = 1e11  # seconds since 1970, in the year 5138: what says more is damaged
 
 
 def put(step: Path) -> None:
@@ -28,7 +29,8 @@ def verify(step: Path, items: Collection[str]) -> None:
     Raises:
       ValueError: names the first that is missing or differs.
     """
-    for name, digest in _read(step).get("files", {}).items():
+    files = _read(step).get("files")
+    for name, digest in files.items() if isinstance(files, dict) else ():
         if name.split("/")[0] in items:
             path = step / name
             if not path.is_file():
@@ -40,7 +42,7 @@ def verify(step: Path, items: Collection[str]) -> None:
 def saved_at(step: Path) -> float:
     """When a step was saved, in seconds since 1970: by its seal, else by its folder."""
     when = _read(step).get("saved")
-    return when if isinstance(when, float) else step.stat().st_mtime
+    return when if isinstance(when, float) and 0 < when < LATEST else step.stat().st_mtime
 
 
 def _read(step: Path) -> dict:

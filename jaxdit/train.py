@@ -248,10 +248,13 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
                 if due and previewing and processes.of_first(not stop.requested and budget.allows("previews", last)):
                     preview()
                 show_finished()
-    except DatasetError:
+    except DatasetError as error:
         if step > 0 and not processes.many():  # of many, one knows of it, and none can save alone
             save()  # the data are damaged, not the run
-            saver.landed(step)
+            try:
+                saver.landed(step)
+            except checkpoint.SaveFailed as failed:
+                raise checkpoint.SaveFailed(f"{failed} The data cannot be read either: {error}") from error
         if processes.many() or not stop.requested:  # else it waited for a disk that is away
             raise
     else:

@@ -1,4 +1,4 @@
-"""The house rules of DESIGN.md as tests: imports go down only, the wall between the halves, no unsafe loading."""
+"""The rules of the house as tests: imports go down only, the wall between the halves, no unsafe loading."""
 
 import ast
 from pathlib import Path

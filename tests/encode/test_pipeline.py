@@ -508,6 +508,23 @@ def test_photographs_that_come_later_are_refused_for_their_captions_before_they_
     assert _run(few, out).encoded == 11
 
 
+def test_a_picture_tried_again_is_not_refused_for_a_caption_that_was_planned(tmp_path):
+    images, out = fakes.photographs(tmp_path / "in", 5), tmp_path / "out"
+    Image.new("RGB", (7_000, 6_000), "red").save(images / "big.png")
+    (images / "big.txt").write_text("左边有 一只红色的猫", encoding="utf-8")
+    assert _run(images, out, decode_memory=100, resolutions=(128,)).refused == 1
+    assert _run(images, out, decode_memory=4096, resolutions=(128,)).encoded == 6
+
+
+def test_captions_of_what_is_refused_anyway_count_for_nothing(tmp_path):
+    images = fakes.photographs(tmp_path / "in", 4)
+    for number in range(6):
+        (images / f"broken{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        (images / f"broken{number}.txt").write_text("左边有 一只红色的猫", encoding="utf-8")
+    found = _run(images, tmp_path / "out")
+    assert found.encoded == 4 and found.refused == 6
+
+
 def test_what_is_left_of_a_stopped_run_is_encoded_whatever_its_captions_are(images, tmp_path):
     few, out = shutil.copytree(images, tmp_path / "few"), tmp_path / "out"
     for file in sorted(few.rglob("*.txt"))[-4:]:

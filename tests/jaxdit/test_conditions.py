@@ -335,7 +335,10 @@ def test_conditions_are_kept_where_the_flag_or_the_environment_says(monkeypatch,
     assert cache_folder("") is None and cache_folder(str(tmp_path / "own")) == tmp_path / "own"
 
 
-def test_another_picture_to_start_from_is_another_latent_whatever_its_name(told, picture, tmp_path):
+@pytest.mark.parametrize("names", [("a.png", "b.png"), ("id:a", "id:b")])
+def test_another_picture_to_start_from_is_another_latent_whatever_its_name(told, picture, tmp_path, monkeypatch, names):
+    monkeypatch.chdir(tmp_path)
+    picture = [path.rename(name) for path, name in zip(picture, names)]
     fields = [{"prompt": "a", "init": str(name)} for name in picture]
     (one, other), problems = encode(told, fields, tmp_path / "cache")
     assert not problems and np.abs(one.init - other.init).max() > 0.1

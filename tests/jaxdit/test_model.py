@@ -54,7 +54,7 @@ def trained_like(seed=0, **changes):
 
 
 def numpy_dit(p, x, t, conditions, drop_text, drop_vision, settings=SETTINGS):
-    """The DiT of DESIGN.md written again in NumPy, one sample and one layer at a time."""
+    """The DiT written again in NumPy from its formulas, one sample and one layer at a time."""
     f = np.float64
     p = jax.tree.map(lambda leaf: np.asarray(leaf, f), p)
     heads, patch = settings["heads"], settings["patch"]

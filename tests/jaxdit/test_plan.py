@@ -265,6 +265,13 @@ def test_a_bucket_that_memory_refuses_is_named_and_the_next_is_measured(monkeypa
     assert " ".join(found["256x256"]).endswith("out of memory") and found["208x304"][5] == "3"
 
 
+def test_a_warm_up_that_no_run_would_take_is_refused_here_too():
+    config = quickstart.get_config()
+    config.train.total_steps = 500
+    with pytest.raises(InputError, match=r"optim\.warmup_steps=100"):
+        plan.plan(config, "configs/quickstart.py", resolution=64)
+
+
 def test_another_failure_of_the_device_is_not_swallowed(monkeypatch):
     def run(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -17,7 +17,7 @@ from PIL import Image
 from work import calls
 
 from encode.records import InputError
-from jaxdit import gallery, health, page, report, standing
+from jaxdit import gallery, health, page, report, seal, standing
 
 ROOT = Path(__file__).parents[2]
 EVIL = '<img src=x onerror=alert(1)> & "q" \u202eleft \ud800'
@@ -530,6 +530,24 @@ def test_a_folder_without_rows_is_as_new_as_the_look_and_damaged_lines_are_count
     assert run.problems == ["config_history.jsonl has 2 lines that cannot be read."]
     (workdir / "origin.json").write_text("[1]")
     assert standing.look(workdir).origin == {}
+
+
+def test_a_checkpoint_is_as_old_as_its_seal_says_though_its_folder_is_a_copy(tmp_path):
+    step = tmp_path / "checkpoints" / "5"
+    (step / "ema").mkdir(parents=True)
+    os.utime(step, (2_000.0, 2_000.0))
+    for said, at in (
+        (1_000.0, 1_000.0),
+        (float("inf"), 2_000.0),
+        (float("nan"), 2_000.0),
+        (1e20, 2_000.0),
+        (-1.0, 2_000.0),
+    ):
+        (step / seal.NAME).write_text(json.dumps({"saved": said, "files": None}))
+        os.utime(step, (2_000.0, 2_000.0))
+        (saved,) = standing.look(tmp_path).saved
+        assert saved.at == datetime.fromtimestamp(at)
+    seal.verify(step, ["ema"])  # what says nothing of files holds none to account
 
 
 def test_a_place_that_a_trouble_fills_in_part_shows_it(tmp_path):

@@ -157,6 +157,16 @@ def test_without_a_prompt_training_captions_are_drawn(command, monkeypatch, phot
     )
 
 
+def test_names_that_are_not_utf8_are_drawn_from_and_told(command, quick, monkeypatch, photographs, tmp_path):
+    odd = os.fsdecode(os.fsencode(str(tmp_path)) + b"/caf\xe9.png")
+    shutil.copy(photographs[0], odd)
+    monkeypatch.setattr(sys, "argv", ["sample", f"--reference={odd}"])
+    code, said = command("--prompt=a", "--prompt=b", f"--reference={odd}")
+    assert code == 0, said
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert "caf\ufffd.png" in sheet.text["command"]
+
+
 def test_an_unreadable_reference_is_named_and_the_others_are_drawn(command, quick, photographs, tmp_path):
     (tmp_path / "bad.png").write_bytes(photographs[0].read_bytes()[:2000])
     np.save(tmp_path / "short.npy", np.zeros(7))
@@ -422,7 +432,8 @@ def test_a_grid_is_compiled_once_a_kind_of_guidance_and_shows_each_cell(command,
         if (found[y, x : x + 4] == cell[0, :4]).all() and (found[y : y + height, x : x + width] == cell).all()
     ]  # fmt: skip
     assert len(places) == 1 and places[0][0] > height and places[0][1] > width
-    assert any(path.name.startswith("grid-a-cat-s3") for path in (tmp_path / "out").iterdir())
+    with Image.open(tmp_path / "out" / "grid-a-cat-s3.png") as grid:
+        assert "-m jaxdit.sample" in grid.text["command"]
 
 
 def test_out_of_memory_means_smaller_batches_and_then_one_condition_at_a_time(

@@ -23,7 +23,7 @@ from tiny_run import ROOT, WIDTHS, assert_same, command, curve, tiny, weights, w
 
 from configs import full, nano, quickstart
 from encode.records import InputError, only_one
-from jaxdit import checkpoint, data, exhibits, mesh, metrics, model, optim, teller, train, trained, update
+from jaxdit import checkpoint, data, exhibits, mesh, metrics, model, optim, teller, train, trained, update, workdir
 
 
 def test_resume_is_bit_identical_after_sigkill_at_random_points(path, undisturbed, tmp_path):
@@ -599,6 +599,34 @@ def test_nobody_is_told_that_everything_is_saved_where_data_and_checkpoints_are_
     with pytest.raises(checkpoint.SaveFailed, match=r"step \d+ could not be saved"):
         train.train(tiny(tmp_path / "64", **{"checkpoint.every": 1000, "train.total_steps": 40}), tmp_path / "run")
     assert checkpoint.saved_steps(tmp_path / "run") == []
+
+
+def test_damaged_data_are_named_where_the_save_fails_too(tmp_path, monkeypatch):
+    make_data.dataset(tmp_path / "64", {"64x64": 40})
+    data_that_go_away(monkeypatch, 20)
+
+    def refuse(self, step, needed):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_make_room", refuse)
+    with pytest.raises(checkpoint.SaveFailed, match=r"could not be saved.* cannot read a record: its disk is away"):
+        train.train(tiny(tmp_path / "64", **{"checkpoint.every": 1000, "train.total_steps": 40}), tmp_path / "run")
+
+
+def test_a_folder_is_new_until_something_was_trained_or_saved_in_it(tmp_path):
+    assert workdir.is_new(tmp_path)
+    for name in ("config.json", "metrics.jsonl", "saved.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "checkpoints").mkdir()
+    assert workdir.is_new(tmp_path)  # killed before its first row
+    (tmp_path / "saved.json").write_text('{"step": 5}')
+    assert not workdir.is_new(tmp_path)  # its checkpoints may lie on a disk that is away
+    (tmp_path / "saved.json").unlink()
+    (tmp_path / "checkpoints" / "5").mkdir()
+    assert not workdir.is_new(tmp_path)
+    (tmp_path / "checkpoints" / "5").rmdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert not workdir.is_new(tmp_path)
 
 
 def test_of_data_that_never_came_no_step_is_saved(tmp_path, monkeypatch):

@@ -1,0 +1,45 @@
+"""What all commands share, apart from what their own tests show of it."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from encode import commandline
+
+ROOT = Path(commandline.__file__).parents[1]
+
+
+def test_a_command_names_the_python_of_this_folder_and_else_the_one_of_the_path(monkeypatch, tmp_path):
+    (tmp_path / "link").symlink_to(ROOT)
+    for python, word in (
+        (ROOT / ".venv/bin/python", ".venv/bin/python"),
+        (tmp_path / "link/.venv/bin/python", ".venv/bin/python"),
+        ("/usr/bin/python3.12", "python"),
+        ("", "python"),
+        (None, "python"),
+    ):
+        monkeypatch.setattr(sys, "executable", python and str(python))
+        assert commandline.command("jaxdit.sample", ["--prompt=a cat"]) == f"{word} -m jaxdit.sample '--prompt=a cat'"
+
+
+def test_the_first_signal_asks_the_second_stops_at_once_and_nohup_is_heeded():
+    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in heard}
+    try:
+        for number in heard:
+            for other in heard:
+                signal.signal(other, signal.SIG_DFL)
+            asked = commandline.stop_on_signal()
+            signal.raise_signal(number)
+            assert asked.is_set()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        asked = commandline.stop_on_signal()
+        signal.raise_signal(signal.SIGHUP)
+        assert not asked.is_set()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
