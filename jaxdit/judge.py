@@ -109,7 +109,9 @@ def questions(examples: Sequence[Example]) -> Questions:
     lights = np.stack([likeness.light(example.pixels) for example in examples])
     captions = _groups([example.record["caption"] for example in examples])
     vectors = np.stack([example.record["vision"] for example in examples])
-    pairs = likeness.far_apart(lights, likeness.distances(vectors, vectors) <= 1e-6)
+    # Not by `likeness.distances`, which rounds what is equal to more than that where vectors are long.
+    same = np.stack([np.abs(vectors - vector).max(1) <= 1e-6 for vector in vectors])
+    pairs = likeness.far_apart(lights, same)
     taken = np.zeros((len(examples),) * 2, bool)
     taken[np.arange(len(examples)), pairs] = True
     thirds = likeness.far_apart(
@@ -117,7 +119,7 @@ def questions(examples: Sequence[Example]) -> Questions:
     )  # far in nothing: shuffled
     lit = np.flatnonzero(
         (np.linalg.norm(lights - lights[pairs], axis=1) >= NOTICEABLE)
-        & (np.abs(vectors - vectors[pairs]).max(1) > 1e-6)
+        & ~same[np.arange(len(examples)), pairs]
     )  # fmt: skip
     sided = np.array([len(example.record["text_flip"]) > 0 for example in examples])
     if sided.sum() >= min(FEWEST_SIDES, len(examples)):

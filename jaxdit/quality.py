@@ -184,7 +184,8 @@ def memory(drawn: np.ndarray, real: np.ndarray) -> dict[str, float | bool]:
     ours, theirs = closeness(drawn), closeness(real)
     line = COPY * np.median(theirs)
     copies, usual = float((ours < line).mean()), float((theirs < line).mean())
-    beyond = copies - usual > max(MANY_MORE, 2 * np.sqrt(usual * (1 - usual) / len(theirs)))
+    both = (copies + usual) / 2  # the error of both shares: of few real pictures often none is a copy
+    beyond = copies - usual > max(MANY_MORE, 2 * np.sqrt(both * (1 - both) * 2 / len(theirs)))
     return {
         "nearer": float((drawn[:, 0] < real[:, 0]).mean()),
         "copies": copies,

@@ -141,7 +141,7 @@ def apply_update(optimizer, schedule, maximum_decay, batch_size, state, total):
     }
     for name, paths in CONDITIONING.items():
         row[f"grad/{name}"] = norm_of(gradients, paths)
-        size = jnp.maximum(norm_of(state["params"], paths), 1e-12)
+        size = jnp.maximum(norm_of(params, paths), 1e-12)  # what begins at zero has moved by its whole size
         row[f"move/{name}"] = norm_of(changes, paths) / size
     return new, row
 

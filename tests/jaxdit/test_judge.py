@@ -37,6 +37,18 @@ def latents(pictures):
     return np.stack([p.reshape(8, WIDTH // 8, 8, WIDTH // 8, 3).mean((1, 3)) / 64 for p in pictures]).astype(np.float32)
 
 
+@pytest.mark.parametrize("size", [1.0, 32.0, 300.0])
+def test_images_that_share_a_vector_are_never_partners_however_long_it_is(size):
+    """A person's own vectors, one a series of photographs: of norm 32 where 1,024 numbers are near 1."""
+    made, rng = examples(), np.random.default_rng(0)
+    shared = rng.normal(size=(8, 1024))
+    shared *= size / np.linalg.norm(shared, axis=1, keepdims=True)
+    for number, example in enumerate(made):
+        example.record["vision"] = shared[number % 8].astype(np.float32)
+    asked = judge.questions(made)
+    assert all(number % 8 != partner % 8 for number, partner in enumerate(asked.pairs)) and len(asked.lit) == COUNT
+
+
 def vectors(pictures):
     """[n, 6]: what stands for the vision encoder."""
     return np.stack([likeness.light(pixels) for pixels in pictures])

@@ -172,6 +172,9 @@ def test_the_interval_holds_95_and_the_control_is_above_95_of_a_hundred():
     values = np.random.default_rng(1).normal(0.3, 1, 400)
     _, low, high = likeness.interval(values)
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.06)  # of 90%: 1.645
+    few = np.random.default_rng(2).normal(size=10)
+    _, low, high = likeness.interval(few)
+    assert (high - low) / 2 == pytest.approx(2.262 * few.std(ddof=1) / 10**0.5, rel=0.06)  # Student's, not 1.96
     rng = np.random.default_rng(0)
     start, goal = rng.normal(size=(2, 40, 6))
     shuffled = [likeness.moved(start, goal, start, goal[rng.permutation(40)]).mean() for _ in range(2000)]

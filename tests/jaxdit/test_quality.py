@@ -203,6 +203,9 @@ def test_three_copies_in_a_hundred_or_what_chance_makes_of_few_are_nobodys_memor
     assert not quality.memory(far(*[0.1] * 3, *[1.0] * 97), far(*[1.0] * 100))["memorised"]
     assert quality.memory(far(*[0.1] * 8, *[1.0] * 92), far(*[1.0] * 100))["memorised"]
     assert not quality.memory(far(*[0.1] * 5, *[1.0] * 5), far(*[0.1] * 3, *[1.0] * 7))["memorised"]
+    assert not quality.memory(far(0.1, *[1.0] * 11), far(*[1.0] * 12))[
+        "memorised"
+    ]  # none of few real ones is no measure
 
 
 def test_a_burst_among_the_real_images_does_not_move_the_line_of_a_copy():
