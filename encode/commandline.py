@@ -129,7 +129,7 @@ def _help(config: str | None) -> str:
 
 def fail(message: str, code: int = 1) -> int:
     """Say what is wrong in one sentence on the standard error stream, and give the exit code."""
-    print(f"Error: {message}", file=sys.stderr)
+    print(message if code == STOPPED else f"Error: {message}", file=sys.stderr)
     return code
 
 
@@ -153,6 +153,9 @@ def _parse(default: str | None) -> Any:
         words = str(error).strip().removeprefix("ERROR:: ")
         if missing := re.match(r"flag (--\w+)=None: ", words):
             words = f"{missing[1]} is missing; --help says what it is for."
+        if unknown := re.match(r"Unknown command line flag '([\w.]+)'", words):
+            words = f"--{unknown[1]} is not known here" + (_field_for(arguments, unknown[1]) if default else "")
+            words += "; --help says what is."
         if "Traceback" in words:  # a configuration file that refuses its argument, as in FILE:ARG, or that is broken
             words = words.splitlines()[-1].split(": ", 1)[-1]
         raise InputError(words) from error
@@ -163,8 +166,20 @@ def _parse(default: str | None) -> Any:
     except Exception as error:  # an unknown field, or whatever a configuration file of one's own meets
         raise InputError(_unknown_field(arguments)) from error
     if rest[1:]:
-        raise InputError(f"{' '.join(rest[1:])}: not understood; fields are given as --config.section.field=value.")
+        fields = "; fields are given as --config.section.field=value" if default else ""
+        raise InputError(f"{' '.join(rest[1:])}: not understood{fields}; what holds spaces is put into quotes.")
     return config
+
+
+def _field_for(arguments: list[str], name: str) -> str:
+    """A field that somebody may have meant who gave its last name alone."""
+    try:
+        fields = _fields_of(arguments)
+    except Exception:  # a file that is no configuration is told another time
+        return ""
+    meant = [field for field in fields if field.split(".")[-1] == name]
+    meant = meant or [field for field in fields if name in field.split(".")[-1].split("_")]
+    return f"; did you mean --config.{meant[0]}?" if meant else ""
 
 
 def _unknown_field(arguments: list[str]) -> str:
@@ -174,11 +189,8 @@ def _unknown_field(arguments: list[str]) -> str:
     """
     file = next(k for k, argument in enumerate(arguments) if re.match(r"--?config(=|$)", argument))
     alone = [arguments[0], *arguments[file : file + 1 + ("=" not in arguments[file])]]
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=alone)
     try:
-        values(alone)
-        fields = _fields(holder.value.to_dict())
+        fields = _fields_of(arguments)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         words = f"{type(error).__name__}: {error}; {Path(place.filename).name}, line {place.lineno}"
@@ -187,11 +199,24 @@ def _unknown_field(arguments: list[str]) -> str:
         override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         name = override[1] if override else ""
         if name and not any(f"{field}.".startswith(f"{name}.") for field in fields):
-            namesakes = [field for field in fields if field.split(".")[-1] == name.split(".")[-1]]
+            section, _, last = name.rpartition(".")
+            beside = [field for field in fields if field.rpartition(".")[0] == section]
+            longer = [field for field in beside if last in field.rpartition(".")[2].split("_")]
+            namesakes = longer or [field for field in fields if field.split(".")[-1] == last]
             near = difflib.get_close_matches(name, namesakes, 1, 0.0) or difflib.get_close_matches(name, fields, 1)
             advice = f"; the nearest is {near[0]!r}" if near else ", nor anything like it"
             return f"{argument}: {alone[-1].removeprefix('--config=')} has no such field{advice}."
     return f"{' '.join(arguments[1:])}: the configuration cannot be overridden like this."
+
+
+def _fields_of(arguments: list[str]) -> list[str]:
+    """All fields of the configuration file that these arguments name; raises whatever its loading meets."""
+    file = next(k for k, argument in enumerate(arguments) if re.match(r"--?config(=|$)", argument))
+    alone = [arguments[0], *arguments[file : file + 1 + ("=" not in arguments[file])]]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=alone)
+    values(alone)
+    return _fields(holder.value.to_dict())
 
 
 def _fields(values: dict[str, Any], prefix: str = "") -> list[str]:

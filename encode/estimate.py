@@ -98,6 +98,8 @@ def _bytes_a_record(context: pipeline.Context, shape: buckets.Shape, resolution:
 def _refused(rows: Sequence[Mapping[str, str]]) -> list[str]:
     kinds = Counter(f"{row['stage']}: {kind_of(row['reason'])}" for row in rows).most_common(8)
     lines = [f"  {count:>8,}  {kind}" for kind, count in kinds]
+    others = len(rows) - sum(count for _, count in kinds)
+    lines += [f"  {others:>8,}  for other reasons"] if others else []
     lines += [f"            {_printable(row['file'])}: {_printable(row['reason'])}" for row in rows[:NAMED]]
     return lines + ([f"            and {len(rows) - NAMED:,} more"] if len(rows) > NAMED else [])
 

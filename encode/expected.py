@@ -82,6 +82,10 @@ def load(root: Path) -> Data:
       InputError: it says too little to be judged.
     """
     root = root.absolute()
+    if (root / "checkpoints").is_dir() and (root / "config.json").exists():
+        raise InputError(
+            f"{root}: this is the working folder of a training, whose data.path names its data set; give that."
+        )
     out, plan, own, unread = root.parent, None, None, ""
     if (out / "plan.json").exists():
         plan = read_json(out / "plan.json")

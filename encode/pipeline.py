@@ -61,11 +61,7 @@ def run(
       WorkFailed: an encoder failed or the disk is full; finished shards stay.
       Stopped: as asked.
     """
-    folder, out = Path(config.images).expanduser(), Path(config.out).expanduser()
-    if folder.resolve().is_relative_to(out.resolve()):
-        raise InputError(
-            f"config.out={out} holds the photographs themselves; choose a folder of its own for the output."
-        )
+    out = Path(config.out).expanduser()
     if out.exists() and not out.is_dir():
         raise InputError(f"config.out={out} is a file; name a folder, which is made if it is not there.")
     try:
@@ -91,6 +87,10 @@ def begin(
       what all shards share; the plan with "quarantine", the inputs refused so far; the shards.
     """
     folder, out = Path(config.images).expanduser(), Path(config.out).expanduser()
+    if folder.resolve().is_relative_to(out.resolve()):
+        raise InputError(
+            f"config.out={out} holds the photographs themselves; choose a folder of its own for the output."
+        )
     collection = walk(folder, out)
     if only is not None:
         collection = Collection(tuple(item for item in collection.items if item.id in only), (), {})

@@ -374,8 +374,14 @@ def added(
         )
     planned = {entry[0] for shard in plan["shards"] for entry in shard["items"] if entry[0] not in refused}
     others = [item.id for item in known if item.id in planned and plan["bytes"][item.id] != _bytes(item.path)]
+    there = {item.id for item in collection.items}
+    if planned and not planned & there and there - stored.keys():
+        raise InputError(
+            f"{folder}: none of the {len(planned)} pictures that {out} was begun with is in it, but others are: the photographs "
+            "of another folder? Give them a config.out of their own, or set config.images back; nothing was changed."
+        )
     notes = {
-        "are no longer in the folder with a caption": sorted(planned - {item.id for item in known}),
+        "are no longer in the folder with a caption": sorted(planned - there),
         "are other files than those that were planned": others,
     }
     for what, names in notes.items():

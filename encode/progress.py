@@ -14,10 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from encode.page import many
 from encode.records import write_json
 
 log = logging.getLogger(__name__)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SHOWN = 5  # reasons in a line
 SAY_EVERY = 10.0  # seconds between progress lines
 
 
@@ -40,9 +42,11 @@ def out_of_memory(error: Exception) -> bool:
 def say_problems(when: str, rows: Sequence[Mapping[str, str]]) -> None:
     """One line however many there are."""
     if rows:
-        kinds = Counter(kind_of(row["reason"]) for row in rows).most_common(3)
+        kinds = Counter(kind_of(row["reason"]) for row in rows).most_common(SHOWN)
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        log.warning("%d inputs refused %s and named in quarantine.jsonl: %s.", len(rows), when, listed)
+        others = len(rows) - sum(count for _, count in kinds)
+        listed += f" and {others} for other reasons" if others else ""
+        log.warning("%s refused %s and named in quarantine.jsonl: %s.", many(len(rows), "input"), when, listed)
 
 
 def kind_of(reason: str) -> str:

@@ -326,6 +326,10 @@ def load_dataset(root: Path) -> dict[str, Any]:
         inside = sorted(child.parent.name for child in root.glob("*/dataset.json"))
         if inside:
             raise DatasetError(f"{root} holds data sets but is none; name one of them: {', '.join(inside)}.")
+        if not (root.parent / "plan.json").exists():
+            raise DatasetError(
+                f"{root}: no dataset.json, so this is no data set; it is the folder OUT/RES of encode.main."
+            )
         raise DatasetError(
             f"{root}: dataset.json is missing, so this data set is not finished; run encode.main again with the same "
             "configuration and it will go on where it stopped."

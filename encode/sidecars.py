@@ -136,6 +136,8 @@ def _decode(data: bytes) -> str:
 def _object(text: str, reason: str) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Unusable(f"{reason} ({error.msg.lower()}, line {error.lineno}, column {error.colno})") from None
     except (ValueError, RecursionError):
         raise Unusable(reason) from None
     if not isinstance(value, dict):

@@ -194,6 +194,9 @@ def _item(found: Found, file: str, rows: list[Row]) -> Item:
         captions = _named(json_file, captions_of, record.get("caption", record.get("text")))
     elif text_file is not None:
         captions = _named(text_file, lambda path: captions_of(read_text(path, CAPTION_BYTES)), found.path(text_file))
+    elif json_file is not None:
+        there = ", ".join(map(repr, record)) or "nothing"
+        raise Unusable(f'{json_file}: no caption: the key "caption" is not in it, but {there}')
     else:
         raise Unusable(NO_CAPTION)
     flips = [

@@ -7,6 +7,7 @@ victim when memory is short hits whatever file is in hand.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -21,6 +22,7 @@ from typing import Any
 import pebble
 
 from encode.images import ImageProblem
+from encode.records import InputError
 
 TRIES = 2
 TOO_LARGE = 77  # exit code of a process whose file takes more memory than it may
@@ -56,6 +58,10 @@ class Workers:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None and issubclass(kind, InputError):  # early: a process that is still starting would cry out
+            self._pool.close()
+            with contextlib.suppress(TimeoutError):
+                self._pool.join(STARTING)
         self._pool.stop()
         self._pool.join()
 

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from encode.records import InputError, write_json
+from encode.records import InputError
 from jaxdit import fits, processes, seal
 from jaxdit.quiet import first_line, leave_out_tracebacks
 
@@ -31,7 +31,6 @@ HALF_DAYS, HALF_DAY = (
     43_200,
 )  # of the newest, the first save of each stays resumable: trouble is often seen a day late
 ITEMS = ("state", "ema", "data")
-LANDED = "saved.json"  # of a working folder: the last step that was saved there
 FAILURES = 3  # saves in a row that may fail before the run ends: a month of electricity is not spent on what is lost
 
 
@@ -129,7 +128,7 @@ class Checkpoints:
         if step is None or not self._complete(step):
             return False
         if step != self._sealed:
-            self._sealing = threading.Thread(target=_put_seal, args=(self.folder / str(step),), daemon=True)
+            self._sealing = threading.Thread(target=seal.finish, args=(self.folder / str(step),), daemon=True)
             self._sealing.start()
             self._sealed = step
         return True
@@ -163,7 +162,10 @@ class Checkpoints:
         return f"The last complete one is {last}; make room or mend the disk, and start again to go on."
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        except Exception as error:  # what ends the run has been told, or is on its way
+            logging.error("%s: the last save did not end well (%s).", self.folder, first_line(error))
         if self._sealing.is_alive():
             self._sealing.join()
 
@@ -187,7 +189,7 @@ class Checkpoints:
                 "gone on from; bring the missing folders back, or start a new --workdir from the averaged weights with "
                 "--config.train.init_from."
             )
-        if not parts and (landed := self.folder.parent / LANDED).exists():
+        if not parts and (landed := self.folder.parent / seal.LANDED).exists():
             raise InputError(
                 f"{self.folder} holds no step, but {landed} says that one was saved there: is its disk mounted? To begin anew, "
                 "name a new --workdir."
@@ -206,6 +208,10 @@ class Checkpoints:
                 damaged.append(step)
                 continue
             processes.lead(functools.partial(self._set_aside, damaged))
+            if (landed := seal.landed(self.folder.parent)) > step and landed not in damaged and processes.first():
+                logging.warning(
+                    "Step %d had been saved here and is gone: is this the right disk? Step %d is taken.", landed, step
+                )
             return step, *found
         if steps:
             raise InputError(f"{self.folder}: none of the steps {steps} can be read; restore the folder from a backup.")
@@ -243,14 +249,6 @@ class Checkpoints:
             elif step not in whole:
                 for item in ("state", "data"):
                     _remove(self.folder / str(step) / item)
-
-
-def _put_seal(step: Path) -> None:
-    try:
-        write_json(step.parents[1] / LANDED, {"step": int(step.name)})
-        seal.put(step)
-    except OSError as error:  # the step itself is whole
-        logging.warning("%s has no %s, by which damage would be seen (%s).", step, seal.NAME, error)
 
 
 def _writer() -> ocp.AsyncCheckpointer:

@@ -14,6 +14,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed, and the ca
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import contextlib
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -361,7 +362,8 @@ def _run() -> int:
         print(f"Copy it into ComfyUI/custom_nodes; {out / 'README.md'} says what was not tested.")
     else:
         print(
-            f'Draw with it: python {out / "pipeline.py"} --prompt="..." --out=PICTURES. Its card: {out / "README.md"}'
+            f'Draw with it: python {shlex.quote(str(out / "pipeline.py"))} --prompt="..." --out=PICTURES. Its card: '
+            f"{out / 'README.md'}"
         )
     return 0
 

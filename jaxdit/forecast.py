@@ -144,7 +144,8 @@ def _memory(given, settings, held, device, measured) -> list[str]:
         f"Memory (estimate, GB of {device.memory / 1e9:.1f}, with {train.micro_batch} images of {largest.name} at a time)",
         *table(header, rows),
         f"  train.micro_batch that fits every bucket and divides train.batch_size={train.batch_size}: at most {most[0]} with "
-        f"remat {rows[0][0]}, {most[1]} with block (estimate).",
+        f"remat {rows[0][0]}, {most[1]} with block (estimate)."
+        + ("" if any(most) else " So this model does not fit: a larger card, or fewer layers, a smaller width."),
     ]
 
 

@@ -74,8 +74,8 @@ def train(config) -> int:
             raise
         return commandline.fail(
             f"the device's memory does not hold this: take --config.model.scan_unroll=1 (an eighth slower), "
-            f"--config.model.remat=block (a quarter), or a new --workdir with a smaller train.micro_batch than "
-            f"{config.train.micro_batch}."
+            f"--config.model.remat=block (a quarter), or a smaller train.micro_batch than {config.train.micro_batch} (where it "
+            "has trained already, in a new --workdir)."
         )
     if result == "stopped":  # perhaps because the terminal was closed, which takes no more words
         return 3

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +96,17 @@ class Previews:
         self._look_after_child()
         return done
 
-    def close(self, patience: float) -> None:
+    def close(self, patience: float, stopped: Callable[[], bool] = lambda: False) -> None:
         """Wait for what is still being decoded, then end the child; the next start decodes what is left.
 
         Args:
           patience: seconds, at most.
+          stopped: asked while waiting; true ends it.
         """
-        if patience and (left := self._left()):
+        if patience and not stopped() and (left := self._left()):
             logging.info("Waiting up to %.0f s until the previews of step %d are decoded.", patience, left[-1])
         until = time.monotonic() + patience
-        while self._left() and time.monotonic() < until:
+        while self._left() and time.monotonic() < until and not stopped():
             self._look_after_child()
             if self._child is None:
                 break

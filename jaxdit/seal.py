@@ -6,6 +6,7 @@ Orbax reads most flipped bits without a word, and a run would train on with them
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -13,7 +14,25 @@ from pathlib import Path
 from encode.records import InputError, read_json, write_json
 
 NAME = "seal.json"
+LANDED = "saved.json"  # of a working folder: the last step that was saved there
 LATEST = 1e11  # seconds since 1970, in the year 5138: what says more is damaged
+
+
+def finish(step: Path) -> None:
+    """Say in saved.json that a step is whole, and seal it; what a disk refuses is told, as the step itself stands."""
+    try:
+        write_json(step.parents[1] / LANDED, {"step": int(step.name)})
+        put(step)
+    except OSError as error:
+        logging.warning("%s has no %s, by which damage would be seen (%s).", step, NAME, error)
+
+
+def landed(workdir: Path) -> int:
+    """The last step that was saved in a working folder; 0 where nothing says so."""
+    try:
+        return int(read_json(workdir / LANDED, "")["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def put(step: Path) -> None:

@@ -18,6 +18,8 @@ from absl import flags
 from jaxdit import checkpoint, estimate, mesh, metrics, model, optim
 
 ENOUGH_SAMPLES = 100_000_000  # models trained at home that draw well have seen 100 to 200 million; a million is mud
+CPU = 1e11  # operations a second of a few cores
+SLOW = 60 * CPU  # operations of a step that takes a minute there
 SHOWN = 8  # buckets named one by one
 
 
@@ -112,6 +114,13 @@ def warnings(config, dataset, settings, shapes, origin, memory: int, room: int) 
             f"Disk: the checkpoints of the whole run take {disk(config, shapes) / 1e9:,.1f} GB, and {room / 1e9:,.1f} GB can be "
             "used; make room before they do, or take a larger checkpoint.every."
         )
+    step = config.train.batch_size * estimate.training_flops(settings, _widest(dataset), max(dataset.text_lengths))
+    if jax.default_backend() == "cpu" and step > SLOW:
+        each, whole = (metrics.duration(count * step / CPU) for count in (1, config.train.total_steps))
+        found.append(
+            f"No card is used: a step is {step / 1e12:,.0f} TFLOP, {each} where a CPU does {CPU / 1e12:g} a second, and the run "
+            f"{whole}. This configuration is for a GPU."
+        )
     samples = config.train.total_steps * config.train.batch_size
     if dataset.info["resolution"] >= 1024 and not origin.keys() & {"init_from", "restore"} and samples < ENOUGH_SAMPLES:
         images = sum(map(len, dataset.train.values()))
@@ -167,12 +176,17 @@ def largest(config, dataset, settings, shapes) -> int:
 def worst(config, dataset, settings, shapes) -> dict[str, int]:
     """The estimate of `estimate.memory` for the bucket that needs most, on one device."""
     tokens = max(dataset.text_lengths)
-    shape = max((info["latent"] for info in dataset.info["buckets"].values()), key=lambda latent: np.prod(latent))
+    shape = _widest(dataset)
     micro_batch = config.train.micro_batch // jax.device_count()
     _, fsdp = mesh.sizes(config.mesh.data, config.mesh.fsdp, jax.device_count())
     parameters = mesh.held(shapes, fsdp)
     how = {"remat": settings["remat"], "optimizer": config.optim.name}
     return estimate.memory(settings, parameters, micro_batch, shape, tokens, **how)
+
+
+def _widest(dataset) -> list[int]:
+    """[height, width, channels] of the largest latent."""
+    return max((info["latent"] for info in dataset.info["buckets"].values()), key=lambda latent: np.prod(latent))
 
 
 def device_memory() -> int:

@@ -132,7 +132,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     requests, stopping = processes.Requests(divided, everywhere), False
     micro_batches = config.train.batch_size // config.train.micro_batch
     compiled: set[Any] = set()
-    owed = processes.of_first(_owes_evaluation(config.train.eval_every, step, log.last if log else None))
+    owed = processes.of_first(_owes_evaluation(config.train.eval_every, step, rows))
     pending, position = None, batches.get_state()
 
     def save():
@@ -263,7 +263,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
         if step > 0:
             saver.landed(step)
         if pictures:
-            pictures.close(0.0 if stopping or stop.requested else previews.PATIENCE)
+            pictures.close(0.0 if stopping else previews.PATIENCE, lambda: stop.requested)
         show_finished()
         processes.everyone(0)  # none leaves before the last is ready to
     finally:
@@ -276,9 +276,8 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     if log:
         report.update(workdir)
     if step < config.train.total_steps:
-        logging.info(
-            "Stopped at step %d of %d with everything saved; the same command goes on.", step, config.train.total_steps
-        )
+        kept = "with everything saved" if step else "before anything was trained"
+        logging.info("Stopped at step %d of %d %s; the same command goes on.", step, config.train.total_steps, kept)
         return "stopped"
     return "done"
 
@@ -312,6 +311,17 @@ def begin(config, workdir, made, saver, devices):
             logging.info("All %d steps are done already; a larger train.total_steps goes on from there.", step)
         return step, rest | {"ema": ema}, kept
     source = origin.read(workdir)
+    last = next(iter(deque(metrics.rows(workdir), 1)), {"step": 0})
+    overdue = (
+        last.get("seconds", 0.0) > 2.5 * 60 * config.checkpoint.minutes or last["step"] > 2 * config.checkpoint.every
+    )
+    if overdue and "restore" not in source and processes.first():  # which takes rows along
+        aside = workdir / f"metrics-until-{last['step']}.jsonl"
+        shutil.copyfile(workdir / "metrics.jsonl", aside)
+        logging.warning(
+            "%s holds no step, though training went to step %d: is its disk mounted? It begins anew; the rows until then are "
+            "kept in %s.", saver.folder, last["step"], aside.name,
+        )  # fmt: skip
     if "restore" in source:
         other, step = Path(source["restore"]["workdir"]), source["restore"]["step"]
         rest, ema, kept = checkpoint.go_back(other, step, *_split_ema(wanted))
@@ -351,10 +361,10 @@ class Budget:
         return seconds
 
 
-def _owes_evaluation(every, step, last_row):
-    """Whether a stop met the evaluation that was due at `step` and dropped it: it is made up for after the next step."""
-    due = bool(step and every and step % every == 0)
-    return due and not (last_row and last_row["step"] == step and "eval_seconds" in last_row)
+def _owes_evaluation(every, step, rows):
+    """Whether the evaluation that was due last is missing, as a stop has met it: it is made up for after the next step."""
+    due = step - step % every if every else 0
+    return due > 0 and not any("eval_seconds" in row for row in rows if row["step"] >= due)
 
 
 def _split_ema(state):

@@ -105,6 +105,7 @@ def score(run, vae, vision_encoder, examples: Sequence[judge.Example], asked: ju
             "Drew %d pictures (%s), %d of %d drawings; %.1f pictures/s, about %.0f s left for these weights.",
             len(examples), name, count, len(wanted), count * len(examples) / seconds, seconds / count * (len(wanted) - count),
         )  # fmt: skip
+    logging.info("Judging what was drawn ...")
     return *judge.measure(examples, asked, drawn), drawn
 
 

@@ -133,7 +133,8 @@ def is_new(workdir: Path) -> bool:
     rows = [
         path for path in (workdir / "metrics.jsonl", workdir / "saved.json") if path.exists() and path.stat().st_size
     ]
-    return not (workdir / "config.json").exists() or not (rows or any((workdir / "checkpoints").glob("*")))
+    # An empty folder of checkpoints may be where their disk is to be mounted: the first save makes it.
+    return not (workdir / "config.json").exists() or not (rows or (workdir / "checkpoints").exists())
 
 
 def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any], start: dict[str, Any] | None) -> None:
@@ -176,6 +177,9 @@ def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any], 
             _record(workdir, differences)
             copy = _copy(other)
             dataset = _same_data(other, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
+        (workdir / "previews" / "previews.json").unlink(
+            missing_ok=True
+        )  # chosen for what was given up before its first step
         write_json(workdir / "dataset.json", dataset)
         write_json(workdir / "origin.json", start or {})
         write_json(path, now)

@@ -10,20 +10,32 @@
 set -euo pipefail
 
 images="" steps="" out=""
-for argument in "$@"; do
+while [ $# -gt 0 ]; do
+  argument="$1"
+  case "$argument" in
+    --images | --steps | --out) # as in --images DIR
+      [ $# -gt 1 ] || { echo "Error: $argument: a value is wanted, as in $argument=..." >&2; exit 2; }
+      argument="$1=$2"
+      shift
+      ;;
+  esac
+  shift
+  value="${argument#*=}"
+  case "$value" in "~/"*) value="$HOME/${value#"~/"}" ;; esac # the shell leaves it behind a =
   case "$argument" in
     --images=?*)
-      images="$(cd "${argument#*=}" 2>/dev/null && pwd)" || { echo "Error: $argument: no such folder." >&2; exit 2; }
+      images="$(cd "$value" 2>/dev/null && pwd)" || { echo "Error: $argument: no such folder." >&2; exit 2; }
       ;;
-    --steps=*) steps="${argument#*=}" ;;
-    --out=?*)
-      mkdir -p "${argument#*=}" 2>/dev/null || { echo "Error: $argument: this folder cannot be made." >&2; exit 2; }
-      out="$(cd "${argument#*=}" && pwd)"
-      ;;
+    --steps=*) steps="$value" ;;
+    --out=?*) case "$value" in /*) out="$value" ;; *) out="$PWD/$value" ;; esac ;;
     --help | -h) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "Error: $argument is not understood; launch/quickstart.sh --help says what is." >&2; exit 2 ;;
   esac
 done
+if [ -n "$images" ] && [ "$(cd "${out:-/nowhere}" 2>/dev/null && pwd)" = "$images" ]; then
+  echo "Error: --out=$out is the folder of your photographs; name another." >&2
+  exit 2
+fi
 if [ -n "$steps" ] && ! [[ "$steps" =~ ^[1-9][0-9]*$ ]]; then
   echo "Error: --steps=$steps: a whole number above 0 is wanted." >&2
   exit 2
@@ -47,7 +59,7 @@ stage() { # stage NAME COMMAND...: runs it and remembers how long it took
 
 source "$(dirname "$0")/environment.sh"
 out="${out:-$PWD/quickstart${images:+-own}}"
-mkdir -p "$out"
+mkdir -p "$out" 2>/dev/null || { echo "Error: --out=$out: this folder cannot be made." >&2; exit 2; }
 
 if [ -z "$images" ]; then
   images="$out/photographs" own=""
@@ -57,7 +69,8 @@ else
 fi
 stage "encode" $python -m encode.main --config=configs/encode_demo.py --config.images="$images" --config.out="$out/encoded"
 
-training=(--config=configs/quickstart.py --workdir="$out/run" --config.data.path="$out/encoded/128")
+# Photographs that came since the training began are taken in.
+training=(--config=configs/quickstart.py --workdir="$out/run" --config.data.path="$out/encoded/128" --config.data.accept_growth=True)
 if [ -n "$steps" ]; then
   training+=(--config.train.total_steps="$steps" --config.optim.warmup_steps=$((steps / 10)))
 fi

@@ -78,7 +78,10 @@ def test_a_folder_becomes_a_data_set_that_decodes_to_its_pictures(tmp_path):
         ("--config.buckets=((1024,1024),)", "not near"),
         ("--config.vae.name=nothing", "nothing"),
         ("--config.images=/does/not/exist", "does not exist"),
-        ("surplus", "surplus"),
+        ("surplus", "surplus: not understood; fields are given as --config.section.field=value; what holds spaces"),
+        ("--images=x", "--images is not known here; did you mean --config.images?"),
+        ("--pixels=9", "did you mean --config.max_pixels?"),
+        ("--colour=red", "--colour is not known here; --help says what is."),
     ],
 )
 def test_a_wrong_call_is_one_sentence_and_exit_code_2(photographs, tmp_path, flag, words):

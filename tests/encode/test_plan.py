@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -204,6 +205,22 @@ def test_only_a_larger_limit_than_the_last_brings_a_picture_back_and_none_that_i
     assert again(slow(limit)) == again(slow(limit - 1), encoded=["a.png"]) == set()
     # Tried under the larger limit it was refused for another reason: the older words count no more, or it would be tried forever.
     assert again(slow(limit - 1), "damaged: x") == again("cannot be read: x", "damaged: x") == set()
+
+
+def test_photographs_of_another_folder_are_refused_and_nothing_is_changed(tmp_path):
+    images, out = fakes.photographs(tmp_path / "in", 5), tmp_path / "out"
+    _run(images, out)
+    before = (out / "plan.json").read_bytes()
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in images.iterdir():
+        shutil.copy(path, other / f"x{path.name}")
+    with pytest.raises(InputError, match=r"none of the 5 pictures that .* was begun with is in it, but others are"):
+        _run(other, out)
+    assert (out / "plan.json").read_bytes() == before
+    shutil.copy(images / "000.png", other / "000.png")
+    shutil.copy(images / "000.txt", other / "000.txt")
+    assert _run(other, out).encoded == 10  # some left, some came: that is a folder that grows
 
 
 def test_a_file_is_as_new_as_the_moment_it_was_put_in_its_place(tmp_path):

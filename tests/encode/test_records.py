@@ -152,6 +152,9 @@ def test_a_data_set_that_cannot_be_used_says_why(tmp_path):
     with pytest.raises(records.DatasetError, match="no such folder"):
         records.load_dataset(tmp_path / "gone")
     (tmp_path / "128").mkdir()
+    with pytest.raises(records.DatasetError, match="this is no data set"):
+        records.load_dataset(tmp_path / "128")
+    (tmp_path / "plan.json").touch()
     with pytest.raises(records.DatasetError, match="not finished"):
         records.load_dataset(tmp_path / "128")
     (tmp_path / "128" / "dataset.json").write_text(json.dumps({"schema": 99}))

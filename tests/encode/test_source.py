@@ -84,6 +84,17 @@ def test_captions_are_read_in_any_unicode_and_stripped(tmp_path, mark, encoding,
     assert _found(tmp_path) == {"a.png": ("café 猫 🐈",)}
 
 
+def test_a_json_without_the_key_and_one_that_is_none_say_what_is_there(tmp_path):
+    for name, text in (("a", '{"captions": "a cat", "tags": 3}'), ("b", '{"caption": "a cat",}')):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.json").write_text(text)
+    Image.new("RGB", (64, 64)).save(tmp_path / "c.png")
+    (tmp_path / "c.txt").write_text("a dog")
+    reasons = {problem.file: problem.reason for problem in walk(tmp_path).problems}
+    assert reasons["a.png"] == "a.json: no caption: the key \"caption\" is not in it, but 'captions', 'tags'"
+    assert reasons["b.png"].startswith("b.json: not a JSON object (") and ", line 1, column " in reasons["b.png"]
+
+
 def test_entities_of_web_pages_are_the_signs_that_they_mean(tmp_path):
     for name, text in (
         ("a", "&quot;OPEN&quot; above a door"),

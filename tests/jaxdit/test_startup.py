@@ -42,6 +42,20 @@ def test_one_screen_says_what_will_be_trained_on_what(tmp_path):
     assert "rises to 0.70000 at the end: they average over about the last 3 updates" in text  # (1 + 20) / (10 + 20)
 
 
+def test_a_run_that_a_cpu_takes_weeks_for_is_named_and_a_small_one_is_not(tmp_path, monkeypatch):
+    changes = {
+        "model.layers": 12,
+        "model.width": 384,
+        "model.heads": 6,
+        "train.batch_size": 64,
+        "train.total_steps": 5_000,
+    }
+    _, (warning,) = screen(tmp_path, buckets={"512x512": 3}, **changes)
+    assert warning.startswith("No card is used: a step is 1") and "This configuration is for a GPU." in warning
+    monkeypatch.setattr(startup.jax, "default_backend", lambda: "gpu")
+    assert not screen(tmp_path, memory=10**12, **changes)[1]
+
+
 def test_a_bucket_that_repeats_within_a_micro_batch_is_named(tmp_path):
     lines, _ = screen(tmp_path)
     assert any("Buckets smaller than a micro-batch repeat within one: 80x48." in line for line in lines)

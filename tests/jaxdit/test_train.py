@@ -617,16 +617,40 @@ def test_a_folder_is_new_until_something_was_trained_or_saved_in_it(tmp_path):
     assert workdir.is_new(tmp_path)
     for name in ("config.json", "metrics.jsonl", "saved.json"):
         (tmp_path / name).touch()
-    (tmp_path / "checkpoints").mkdir()
     assert workdir.is_new(tmp_path)  # killed before its first row
+    (tmp_path / "checkpoints").mkdir()
+    assert not workdir.is_new(tmp_path)  # which the first save makes: their disk may be away
+    (tmp_path / "checkpoints").rmdir()
     (tmp_path / "saved.json").write_text('{"step": 5}')
     assert not workdir.is_new(tmp_path)  # its checkpoints may lie on a disk that is away
     (tmp_path / "saved.json").unlink()
-    (tmp_path / "checkpoints" / "5").mkdir()
-    assert not workdir.is_new(tmp_path)
-    (tmp_path / "checkpoints" / "5").rmdir()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     assert not workdir.is_new(tmp_path)
+
+
+def test_rows_without_the_steps_that_must_have_been_saved_are_kept(tmp_path, caplog):
+    make_data.dataset(tmp_path / "64", {"64x64": 8})
+    config, run = tiny(tmp_path / "64", **{"checkpoint.every": 4}), tmp_path / "run"
+    train.train(config, run)
+    rows = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoints" / "20")
+    train.train(config, run)
+    assert "Step 20 had been saved here and is gone: is this the right disk? Step 16 is taken." in caplog.text
+    shutil.rmtree(run / "checkpoints")
+    (run / "saved.json").unlink()  # a run from before there was one, or a disk that refused it
+    train.train(config, run)
+    assert "holds no step, though training went to step 20: is its disk mounted? It begins anew" in caplog.text
+    kept = (run / "metrics-until-20.jsonl").read_bytes()
+    assert len(kept.splitlines()) == len(rows.splitlines()) == len(metrics.read(run)) == 20
+
+
+@pytest.mark.parametrize(
+    ("step", "judged", "owed"),
+    [(7, [], True), (7, [7], False), (8, [], True), (8, [8], False), (13, [7], False), (14, [7], True), (6, [], False)],
+)
+def test_an_evaluation_that_a_stop_met_is_owed_until_it_is_there(step, judged, owed):
+    rows = [{"step": k} | ({"eval_seconds": 1.0} if k in judged else {}) for k in range(1, step + 1)]
+    assert train._owes_evaluation(7, step, rows) == owed and not train._owes_evaluation(0, step, rows)
 
 
 def test_of_data_that_never_came_no_step_is_saved(tmp_path, monkeypatch):
