@@ -326,7 +326,7 @@ def load_dataset(root: Path) -> dict[str, Any]:
         inside = sorted(child.parent.name for child in root.glob("*/dataset.json"))
         if inside:
             raise DatasetError(f"{root} holds data sets but is none; name one of them: {', '.join(inside)}.")
-        if not (root.parent / "plan.json").exists():
+        if not (root.parent / "plan.json").exists() and not any(root.glob("index-*.npy")):
             raise DatasetError(
                 f"{root}: no dataset.json, so this is no data set; it is the folder OUT/RES of encode.main."
             )
