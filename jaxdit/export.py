@@ -352,7 +352,8 @@ def _run() -> int:
         record = take_in(commandline.path_of(source), workdir)
         print(
             f"{workdir}: step {record['step']:,}, {record.get('weights', 'averaged')} weights, in the place of averaged ones. "
-            f'Sample it with python -m jaxdit.sample --workdir={workdir} --prompt="..." --out=PICTURES'
+            f"Sample it with python -m jaxdit.sample --workdir={shlex.quote(str(workdir))} "
+            '--prompt="..." --out=PICTURES'
         )
         return 0
     out = commandline.path_of(given.out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -86,8 +87,9 @@ def main() -> None:
     for seed, image in zip(seeds, images):
         path = next(path for path in _names(out, seed) if not path.exists())
         words = PngInfo()
-        for name, value in {"prompt": given.prompt, "seed": str(seed), "command": shlex.join(sys.argv)}.items():
-            words.add_itxt(name, value)
+        command = shlex.join(["python", *sys.argv])
+        for name, value in {"prompt": given.prompt, "seed": str(seed), "command": command}.items():
+            words.add_itxt(name, os.fsencode(value).decode(errors="replace"))  # a file's name may be any bytes
         image.save(path, pnginfo=words)
         print(path)
 

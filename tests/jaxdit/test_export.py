@@ -102,7 +102,7 @@ def test_the_exported_module_has_our_velocity(workdir, exported):
 def test_the_folder_alone_draws_what_jaxdit_sample_draws_of_the_imported_one(exported, imported, reference, tmp_path):
     np.save(tmp_path / "noise.npy", noise())
     said = alone(exported, f"""
-import numpy as np, torch, runpy
+import numpy as np, os, runpy, shutil, torch
 from PIL import Image
 from torch_dit.pipeline import JaxditPipeline
 pipeline = JaxditPipeline.from_pretrained(".")
@@ -116,7 +116,9 @@ for name, given in dict(
     pipeline(**given, **options).images[0].save({str(tmp_path)!r} + f"/{{name}}.png")
 sys.argv = ["pipeline.py", "--prompt={PROMPT}", "--steps=1", "--count=2", "--reference={reference}", "--out={tmp_path}/cli"]
 runpy.run_path("pipeline.py", run_name="__main__")
-sys.argv[1:4] = ["--prompt=another", "--steps=1", "--count=1"]
+odd = os.fsdecode({str(tmp_path)!r}.encode() + b"/caf\\xe9.png")
+shutil.copy({str(reference)!r}, odd)
+sys.argv[1:5] = ["--prompt=another", "--steps=1", "--count=1", "--reference=" + odd]
 runpy.run_path("pipeline.py", run_name="__main__")
 for wrong in ("--steps=0", "--guidance_text=nan", "--size=0x0", "--seed=-1"):
     sys.argv[2:] = [wrong, "--out={tmp_path}/cli"]
@@ -130,6 +132,7 @@ print(sorted(name for name in ("jax", "jaxdit", "encode") if sys.modules.get(nam
     assert [path.name for path in sorted((tmp_path / "cli").glob("*.png"))] == ["0-2.png", "0.png", "1.png"]
     told = [Image.open(tmp_path / "cli" / name).text["prompt"] for name in ("0.png", "0-2.png")]
     assert told == [PROMPT, "another"]
+    assert Image.open(tmp_path / "cli" / "0.png").text["command"].startswith("python pipeline.py ")
     words = [sys.executable, "-m", "jaxdit.sample", f"--workdir={imported}", f"--out={tmp_path / 'ours'}", "--cache="]
     words += ["--steps=3", "--solver=euler", f"--prompts={tmp_path / 'list.jsonl'}"]
     row = {"prompt": PROMPT, "seed": SEED, "size": "{}x{}".format(*SIZE)}
