@@ -312,8 +312,9 @@ def begin(config, workdir, made, saver, devices):
         return step, rest | {"ema": ema}, kept
     source = origin.read(workdir)
     last = next(iter(deque(metrics.rows(workdir), 1)), {"step": 0})
-    overdue = (
-        last.get("seconds", 0.0) > 2.5 * 60 * config.checkpoint.minutes or last["step"] > 2 * config.checkpoint.every
+    seconds = last.get("seconds")
+    overdue = last["step"] > 2 * config.checkpoint.every or (
+        isinstance(seconds, float) and seconds > 2.5 * 60 * config.checkpoint.minutes
     )
     if overdue and "restore" not in source and processes.first():  # which takes rows along
         aside = workdir / f"metrics-until-{last['step']}.jsonl"

@@ -177,9 +177,8 @@ def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any], 
             _record(workdir, differences)
             copy = _copy(other)
             dataset = _same_data(other, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
-        (workdir / "previews" / "previews.json").unlink(
-            missing_ok=True
-        )  # chosen for what was given up before its first step
+        # Previews that were chosen for what was given up before its first step.
+        (workdir / "previews" / "previews.json").unlink(missing_ok=True)
         write_json(workdir / "dataset.json", dataset)
         write_json(workdir / "origin.json", start or {})
         write_json(path, now)
