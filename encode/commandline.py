@@ -153,9 +153,10 @@ def _parse(default: str | None) -> Any:
         words = str(error).strip().removeprefix("ERROR:: ")
         if missing := re.match(r"flag (--\w+)=None: ", words):
             words = f"{missing[1]} is missing; --help says what it is for."
-        if unknown := re.match(r"Unknown command line flag '([\w.]+)'", words):
-            words = f"--{unknown[1]} is not known here" + (_field_for(arguments, unknown[1]) if default else "")
-            words += "; --help says what is."
+        if unknown := re.match(r"Unknown command line flag '([^']+)'(?:\. Did you mean: (\S+) ?\?)?", words):
+            near = [f"--{unknown[2]}"] if unknown[2] else _fields_for(arguments, unknown[1]) if default else []
+            meant = f" (did you mean {' or '.join(near)}?)" if near else ""
+            words = f"--{unknown[1]} is not known here{meant}; --help says what is."
         if "Traceback" in words:  # a configuration file that refuses its argument, as in FILE:ARG, or that is broken
             words = words.splitlines()[-1].split(": ", 1)[-1]
         raise InputError(words) from error
@@ -171,15 +172,15 @@ def _parse(default: str | None) -> Any:
     return config
 
 
-def _field_for(arguments: list[str], name: str) -> str:
-    """A field that somebody may have meant who gave its last name alone."""
+def _fields_for(arguments: list[str], name: str) -> list[str]:
+    """At most three fields that somebody may have meant who gave a last name alone."""
     try:
-        fields = _fields_of(arguments)
+        fields = {field: field.split(".")[-1] for field in _fields_of(arguments)}
     except Exception:  # a file that is no configuration is told another time
-        return ""
-    meant = [field for field in fields if field.split(".")[-1] == name]
-    meant = meant or [field for field in fields if name in field.split(".")[-1].split("_")]
-    return f"; did you mean --config.{meant[0]}?" if meant else ""
+        return []
+    meant = [field for field, last in fields.items() if last == name]
+    meant += [field for field, last in fields.items() if last != name and name in last.split("_")]
+    return [f"--config.{field}" for field in meant[:3]]
 
 
 def _unknown_field(arguments: list[str]) -> str:

@@ -375,10 +375,12 @@ def added(
     planned = {entry[0] for shard in plan["shards"] for entry in shard["items"] if entry[0] not in refused}
     others = [item.id for item in known if item.id in planned and plan["bytes"][item.id] != _bytes(item.path)]
     there = {item.id for item in collection.items}
-    if planned and not planned & there and there - stored.keys():
+    apart = planned and not planned & there and there - stored.keys()
+    if apart and not any(os.path.lexists(folder / name) for name in planned):  # one without a caption is there as well
         raise InputError(
             f"{folder}: none of the {len(planned)} pictures that {out} was begun with is in it, but others are: the photographs "
-            "of another folder? Give them a config.out of their own, or set config.images back; nothing was changed."
+            "of another folder? Give them a config.out of their own, or set config.images back; where they were moved or removed "
+            "on purpose, leave one of them in its place. Nothing was changed."
         )
     notes = {
         "are no longer in the folder with a caption": sorted(planned - there),

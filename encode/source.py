@@ -23,6 +23,7 @@ from encode.sidecars import CAPTION_BYTES, Unusable, captions_of, may_flip, read
 __all__ = ["METADATA", "Collection", "Item", "Problem", "walk"]
 
 log = logging.getLogger(__name__)
+KEYS, KEY = 8, 40  # keys of a JSON that are told, and letters of each
 NO_CAPTION = "no caption: expected a row in metadata.jsonl, NAME.json or NAME.txt"
 NO_PICTURE = "a caption without its picture: none of this name beside it"
 _NOTES = (
@@ -195,8 +196,9 @@ def _item(found: Found, file: str, rows: list[Row]) -> Item:
     elif text_file is not None:
         captions = _named(text_file, lambda path: captions_of(read_text(path, CAPTION_BYTES)), found.path(text_file))
     elif json_file is not None:
-        there = ", ".join(map(repr, record)) or "nothing"
-        raise Unusable(f'{json_file}: no caption: the key "caption" is not in it, but {there}')
+        there = ", ".join(repr(key)[:KEY] for key in list(record)[:KEYS]) or "nothing"
+        there += f" and {len(record) - KEYS} more" if len(record) > KEYS else ""
+        raise Unusable(f'{json_file}: no caption: neither the key "caption" nor "text" is in it, but {there}')
     else:
         raise Unusable(NO_CAPTION)
     flips = [

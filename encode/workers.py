@@ -28,6 +28,7 @@ TRIES = 2
 TOO_LARGE = 77  # exit code of a process whose file takes more memory than it may
 half = 0  # bytes of addresses, in a process that decodes: half of what it may take is taken
 STARTING = 60.0  # seconds until the first process must be ready
+AT_ONCE = 5.0  # seconds that a process which is still starting is given to end by itself
 
 
 class CannotStart(RuntimeError):
@@ -61,7 +62,7 @@ class Workers:
         if kind is not None and issubclass(kind, InputError):  # early: a process that is still starting would cry out
             self._pool.close()
             with contextlib.suppress(TimeoutError):
-                self._pool.join(STARTING)
+                self._pool.join(AT_ONCE)
         self._pool.stop()
         self._pool.join()
 

@@ -119,7 +119,7 @@ def questions(examples: Sequence[Example]) -> Questions:
     )  # far in nothing: shuffled
     lit = np.flatnonzero(
         (np.linalg.norm(lights - lights[pairs], axis=1) >= NOTICEABLE)
-        & ~same[np.arange(len(examples)), pairs]
+        & (np.abs(vectors - vectors[pairs]).max(1) > 1e-6)
     )  # fmt: skip
     sided = np.array([len(example.record["text_flip"]) > 0 for example in examples])
     if sided.sum() >= min(FEWEST_SIDES, len(examples)):

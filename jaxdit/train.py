@@ -316,13 +316,17 @@ def begin(config, workdir, made, saver, devices):
     overdue = last["step"] > 2 * config.checkpoint.every or (
         isinstance(seconds, float) and seconds > 2.5 * 60 * config.checkpoint.minutes
     )
-    if overdue and "restore" not in source and processes.first():  # which takes rows along
+
+    def keep():
         aside = workdir / f"metrics-until-{last['step']}.jsonl"
         shutil.copyfile(workdir / "metrics.jsonl", aside)
         logging.warning(
             "%s holds no step, though training went to step %d: is its disk mounted? It begins anew; the rows until then are "
             "kept in %s.", saver.folder, last["step"], aside.name,
         )  # fmt: skip
+
+    if processes.of_first(overdue and "restore" not in source):  # which takes rows along
+        processes.lead(keep)
     if "restore" in source:
         other, step = Path(source["restore"]["workdir"]), source["restore"]["step"]
         rest, ema, kept = checkpoint.go_back(other, step, *_split_ema(wanted))
@@ -365,7 +369,8 @@ class Budget:
 def _owes_evaluation(every, step, rows):
     """Whether the evaluation that was due last is missing, as a stop has met it: it is made up for after the next step."""
     due = step - step % every if every else 0
-    return due > 0 and not any("eval_seconds" in row for row in rows if row["step"] >= due)
+    reaches = step == due or (bool(rows) and rows[0]["step"] <= due)  # of a row that is not looked at nothing is known
+    return due > 0 and reaches and not any("eval_seconds" in row for row in rows if row["step"] >= due)
 
 
 def _split_ema(state):

@@ -8,6 +8,7 @@
 #
 # Run again, it goes on where it stopped.
 set -euo pipefail
+unset CDPATH # cd would say where it goes
 
 images="" steps="" out=""
 while [ $# -gt 0 ]; do
@@ -21,18 +22,18 @@ while [ $# -gt 0 ]; do
   esac
   shift
   value="${argument#*=}"
-  case "$value" in "~/"*) value="$HOME/${value#"~/"}" ;; esac # the shell leaves it behind a =
+  case "$value" in "~") value="$HOME" ;; "~/"*) value="$HOME/${value#"~/"}" ;; esac # the shell leaves it behind a =
   case "$argument" in
     --images=?*)
       images="$(cd "$value" 2>/dev/null && pwd)" || { echo "Error: $argument: no such folder." >&2; exit 2; }
       ;;
-    --steps=*) steps="$value" ;;
+    --steps=?*) steps="$value" ;;
     --out=?*) case "$value" in /*) out="$value" ;; *) out="$PWD/$value" ;; esac ;;
     --help | -h) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "Error: $argument is not understood; launch/quickstart.sh --help says what is." >&2; exit 2 ;;
   esac
 done
-if [ -n "$images" ] && [ "$(cd "${out:-/nowhere}" 2>/dev/null && pwd)" = "$images" ]; then
+if [ -n "$images" ] && [ "${out:-/nowhere}" -ef "$images" ]; then
   echo "Error: --out=$out is the folder of your photographs; name another." >&2
   exit 2
 fi

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -89,7 +88,9 @@ def main() -> None:
         words = PngInfo()
         command = shlex.join(["python", *sys.argv])
         for name, value in {"prompt": given.prompt, "seed": str(seed), "command": command}.items():
-            words.add_itxt(name, os.fsencode(value).decode(errors="replace"))  # a file's name may be any bytes
+            words.add_itxt(
+                name, value.encode("utf-8", "surrogateescape").decode(errors="replace")
+            )  # a file's name may be any bytes
         image.save(path, pnginfo=words)
         print(path)
 

@@ -79,8 +79,10 @@ def test_a_folder_becomes_a_data_set_that_decodes_to_its_pictures(tmp_path):
         ("--config.vae.name=nothing", "nothing"),
         ("--config.images=/does/not/exist", "does not exist"),
         ("surplus", "surplus: not understood; fields are given as --config.section.field=value; what holds spaces"),
-        ("--images=x", "--images is not known here; did you mean --config.images?"),
-        ("--pixels=9", "did you mean --config.max_pixels?"),
+        ("--images=x", "--images is not known here (did you mean --config.images?); --help"),
+        ("--pixels=9", "(did you mean --config.max_pixels?)"),
+        ("--dry_rn", "(did you mean --dry_run?)"),
+        ("--dry-rub=1", "--dry-rub is not known here"),
         ("--colour=red", "--colour is not known here; --help says what is."),
     ],
 )

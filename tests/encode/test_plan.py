@@ -218,9 +218,15 @@ def test_photographs_of_another_folder_are_refused_and_nothing_is_changed(tmp_pa
     with pytest.raises(InputError, match=r"none of the 5 pictures that .* was begun with is in it, but others are"):
         _run(other, out)
     assert (out / "plan.json").read_bytes() == before
+    for path in images.glob("*.txt"):
+        path.rename(tmp_path / f"away-{path.name}")
+    shutil.copy(other / "x000.png", images / "new.png")
+    (images / "new.txt").write_text("a new picture")
+    assert _run(images, out).encoded == 6  # those that lost their captions are there all the same
+    (tmp_path / "away-000.txt").rename(images / "000.txt")
     shutil.copy(images / "000.png", other / "000.png")
     shutil.copy(images / "000.txt", other / "000.txt")
-    assert _run(other, out).encoded == 10  # some left, some came: that is a folder that grows
+    assert _run(other, out).encoded == 11  # some left, some came: that is a folder that grows
 
 
 def test_a_file_is_as_new_as_the_moment_it_was_put_in_its_place(tmp_path):

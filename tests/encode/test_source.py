@@ -91,7 +91,10 @@ def test_a_json_without_the_key_and_one_that_is_none_say_what_is_there(tmp_path)
     Image.new("RGB", (64, 64)).save(tmp_path / "c.png")
     (tmp_path / "c.txt").write_text("a dog")
     reasons = {problem.file: problem.reason for problem in walk(tmp_path).problems}
-    assert reasons["a.png"] == "a.json: no caption: the key \"caption\" is not in it, but 'captions', 'tags'"
+    assert (
+        reasons["a.png"]
+        == "a.json: no caption: neither the key \"caption\" nor \"text\" is in it, but 'captions', 'tags'"
+    )
     assert reasons["b.png"].startswith("b.json: not a JSON object (") and ", line 1, column " in reasons["b.png"]
 
 

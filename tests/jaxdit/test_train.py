@@ -650,6 +650,9 @@ def test_rows_without_the_steps_that_must_have_been_saved_are_kept(tmp_path, cap
 )
 def test_an_evaluation_that_a_stop_met_is_owed_until_it_is_there(step, judged, owed):
     rows = [{"step": k} | ({"eval_seconds": 1.0} if k in judged else {}) for k in range(1, step + 1)]
+    assert not train._owes_evaluation(
+        7, 20, [{"step": k} for k in range(16, 21)]
+    )  # its row is further back than is read
     assert train._owes_evaluation(7, step, rows) == owed and not train._owes_evaluation(0, step, rows)
 
 
