@@ -22,13 +22,13 @@ from typing import Any
 
 from absl import flags
 
-from encode import checkup, commandline, diagnosis, expected, images, mend, pipeline, prepare, records
+from encode import commandline, dataset_check, expected, images, pipeline, prepare, records, repair, shard_check
 from encode import main as encode_main
-from encode.checkup import Found
-from encode.diagnosis import Damage
+from encode.dataset_check import Damage
 from encode.expected import Data, Shard
 from encode.progress import DISK_FULL, Progress, disk_full
 from encode.records import InputError
+from encode.shard_check import Found
 from encode.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def examine(call: Call, load: Load = encode_main.load, stop: Callable[[], bool] 
     with records.only_one(data.out) if locked else contextlib.nullcontext():
         started = time.monotonic()
         found = _read(data, data.shards, stop)
-        verdict.damages = diagnosis.judge(data, found)
+        verdict.damages = dataset_check.judge(data, found)
         verdict.records, verdict.shards = sum(len(one.ids) for one in found.values()), len(found)
         verdict.rate = verdict.records / max(time.monotonic() - started, 1e-9)
         with contextlib.ExitStack() as stack:
@@ -123,7 +123,7 @@ def _read(data: Data, shards: Sequence[Shard], stop: Callable[[], bool]) -> dict
         promised = data.own["count"]  # without those that could not be decoded
     progress = Progress("records read", promised, promised)
     return {
-        shard: checkup.look(data.path(shard), data.latent(shard.bucket), data.rules, stop, progress.step)
+        shard: shard_check.look(data.path(shard), data.latent(shard.bucket), data.rules, stop, progress.step)
         for shard in shards
     }
 
@@ -239,14 +239,14 @@ def _only(task: prepare.Task, resolution: int) -> prepare.Task:
 def _difference(
     context: pipeline.Context, data: Data, shard: Shard, place: int, prepared: prepare.Prepared
 ) -> str | None:
-    raw = checkup.one(data.path(shard), place)
-    record = checkup.parse(raw, data.latent(shard.bucket), data.rules)
+    raw = shard_check.one(data.path(shard), place)
+    record = shard_check.parse(raw, data.latent(shard.bucket), data.rules)
     rows: dict[int, list] = {size: [] for size in context.config.resolutions}
     sums: dict[int, list] = {size: [] for size in context.config.resolutions}
     part: dict[str, list] = {"truncated": [], "records": []}
     batch = [(context.items[record["id"]], prepared)]
     pipeline.encode_batch(context, shard.job, 0, batch, rows, sums, part)
-    return checkup.difference(record, rows[data.resolution][0], CLOSE)
+    return shard_check.difference(record, rows[data.resolution][0], CLOSE)
 
 
 def _repair(session: _Session, found: dict[Shard, Found], verdict: Verdict) -> None:
@@ -262,17 +262,17 @@ def _repair(session: _Session, found: dict[Shard, Found], verdict: Verdict) -> N
     found |= _read(data, [shard for shard in data.shards if shard in broken["shard"]], session.stop)
     for shard in data.shards:
         if shard in broken["index"]:
-            mended.append(mend.write_index(data, shard, found[shard]))
-    left = diagnosis.judge(data, found)
+            mended.append(repair.write_index(data, shard, found[shard]))
+    left = dataset_check.judge(data, found)
     unsound = {damage.shard.bucket for damage in left if damage.mend in ("shard", "index")}
     for bucket in dict.fromkeys(damage.bucket for damage in left if damage.mend == "metadata"):
         if bucket not in unsound:
-            diagnosis.write_metadata(data, bucket, data.root)
-            mended += [data.name(records.bucket_folder(data.root, bucket) / name) for name in diagnosis.METADATA]
+            dataset_check.write_metadata(data, bucket, data.root)
+            mended += [data.name(records.bucket_folder(data.root, bucket) / name) for name in dataset_check.METADATA]
     kinds = {damage.mend for damage in left}
     if "dataset" in kinds and not kinds & {"shard", "part", "index"}:
-        mended.append(mend.write_dataset(data, found))
-    left = diagnosis.judge(expected.load(data.root), found)
+        mended.append(repair.write_dataset(data, found))
+    left = dataset_check.judge(expected.load(data.root), found)
     # What only a comparison with the photographs shows is not seen by judging again.
     named = {damage.file for damage in left} | set(mended)
     verdict.damages = left + [damage for damage in damages if damage.mend in ("", "shard") and damage.file not in named]
@@ -291,10 +291,10 @@ def _encode_again(
         try:
             if any(not damage.mend for damage in verdict.damages):
                 raise InputError("the encoders are not to be trusted, as said above")
-            verdict.mended += mend.encode_again(
+            verdict.mended += repair.encode_again(
                 session.context(), data, shard, found[shard], shard in shards, shard in parts, progress.step
             )
-        except (InputError, mend.Changed) as error:
+        except (InputError, repair.Changed) as error:
             file = data.path(shard) if shard in shards else shard.part
             verdict.notes.append(f"{data.name(file)} cannot be mended: {str(error).rstrip('.')}.")
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from encode import buckets, captions, records
-from encode.checkup import Rules
 from encode.pipeline import Job
 from encode.records import InputError
+from encode.shard_check import Rules
 
 
 @dataclass(frozen=True)

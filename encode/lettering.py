@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from encode import abroad
+from encode import languages
 from encode import swap_words as W
 from encode.swap_words import OCCURRENCE, SIDE, split
 
@@ -37,9 +37,9 @@ def obstacle(caption: str) -> str | None:
     """What of a caption forbids the mirror image: lettering, times, maps, sides in other words; None if nothing does."""
     if not caption.isascii():
         caption = unicodedata.normalize("NFC", caption)
-        if len(SIDE.findall(abroad.plain(caption).lower())) != len(SIDE.findall(caption.lower())):
+        if len(SIDE.findall(languages.plain(caption).lower())) != len(SIDE.findall(caption.lower())):
             return "a left or right in wide letters or with invisible signs"
-    if foreign := abroad.found(caption):
+    if foreign := languages.found(caption):
         return foreign
     for pattern in (_ELSEWHERE, _PAINTED, _QUOTES):
         if found := pattern.search(caption):

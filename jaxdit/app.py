@@ -24,12 +24,12 @@ from absl import flags
 
 from encode import commandline
 from encode.records import InputError, only_one
-from jaxdit import cabinet, desk, trained
+from jaxdit import app_files, app_jobs, trained
 from jaxdit.cache import Cache, cache_folder
 
 NEEDED = Path(__file__).parents[1] / "requirements-app.txt"
 HERE = ("127.0.0.1", "localhost")
-BODY = cabinet.UPLOAD_BYTES + 2**16  # bytes of a request: a picture and what frames it
+BODY = app_files.UPLOAD_BYTES + 2**16  # bytes of a request: a picture and what frames it
 AWAY = 15.0  # seconds that a browser may be out of reach before its drawing is dropped
 STAYS = {"Cache-Control": "private, max-age=3600"}  # a small picture, for the browser
 LEAVING = 10.0  # seconds that the evaluation in hand has to end
@@ -72,7 +72,7 @@ def _serve(workdir: Path, gallery: Path, listening: socket.socket, stack: contex
         raise InputError(
             f"--gallery={gallery}: this folder cannot be made or written to ({error.strerror})."
         ) from error
-    at = desk.Desk(workdir, gallery, Cache(cache_folder(flags.FLAGS.cache)))
+    at = app_jobs.Jobs(workdir, gallery, Cache(cache_folder(flags.FLAGS.cache)))
     import uvicorn
 
     host, port = listening.getsockname()[:2]
@@ -97,38 +97,38 @@ def _serve(workdir: Path, gallery: Path, listening: socket.socket, stack: contex
     return 3 if cut else 0
 
 
-def application(at: desk.Desk, host: str) -> Any:
+def application(at: app_jobs.Jobs, host: str) -> Any:
     """The page and its pictures as an ASGI application."""
     from fastapi import FastAPI
     from fastapi.responses import FileResponse, PlainTextResponse, Response
     from nicegui import ui
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from jaxdit import easel
+    from jaxdit import app_page
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     missing = PlainTextResponse("There is no such picture.", 404)
 
     @app.get("/picture/{name}")
     def picture(name: str, download: bool = False):
-        path = at.cabinet.path(name)
+        path = at.files.path(name)
         words = {"filename": name, "content_disposition_type": "attachment" if download else "inline"}
         return missing if path is None else FileResponse(path, media_type="image/png", **words)
 
     @app.get("/small/{name}")
     def small(name: str):
-        found = at.cabinet.small(name)
+        found = at.files.small(name)
         return missing if found is None else Response(found, media_type="image/jpeg", headers=STAYS)
 
     @app.get("/reference/{name}")
     def reference(name: str):
         try:
-            return Response(at.cabinet.look(name), media_type="image/jpeg", headers=STAYS)
+            return Response(at.files.look(name), media_type="image/jpeg", headers=STAYS)
         except InputError:
             return missing
 
-    words = {"title": "jaxdit", "favicon": easel.ICON, "dark": None, "show_welcome_message": False}
-    ui.page("/")(lambda: easel.Easel(at))
+    words = {"title": "jaxdit", "favicon": app_page.ICON, "dark": None, "show_welcome_message": False}
+    ui.page("/")(lambda: app_page.AppPage(at))
     ui.run_with(app, reconnect_timeout=AWAY, **words)
     if _only_here(host):  # a page elsewhere that gives its own name this address gets no answer
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*HERE, "[::1]"], www_redirect=False)
@@ -167,7 +167,7 @@ class Bounded:
             await self.app(scope, counting, noting)
         except _TooLarge:
             if not begun:
-                body = cabinet.too_large(max(claimed, seen)).encode()
+                body = app_files.too_large(max(claimed, seen)).encode()
                 headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
                 await send({"type": "http.response.start", "status": 413, "headers": headers})
                 await send({"type": "http.response.body", "body": body})

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdit import gallery, standing
+from jaxdit import facts, report_pictures
 from jaxdit.metrics import duration
 
 FRONT = """---
@@ -58,7 +58,7 @@ def write(
     Returns:
       A sentence for each record that could not be read.
     """
-    run = standing.look(workdir)
+    run = facts.look(workdir)
     problems = list(run.problems)
     parts = [
         FRONT,
@@ -89,7 +89,7 @@ def write(
     return problems
 
 
-def _pictures(run: standing.Standing, folder: Path, step: int) -> str:
+def _pictures(run: facts.Facts, folder: Path, step: int) -> str:
     """Copies of the previews nearest before the exported step, each with what it was drawn from."""
     from PIL import Image
 
@@ -99,7 +99,7 @@ def _pictures(run: standing.Standing, folder: Path, step: int) -> str:
     if not steps:
         return "No sample pictures are recorded."
     rows = []
-    for entry in gallery.listed(previews, steps)[:PICTURES]:
+    for entry in report_pictures.listed(previews, steps)[:PICTURES]:
         source = previews / str(steps[-1]) / f"{entry['name']}.png"
         if source.is_file():
             (folder / "samples").mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ def _pictures(run: standing.Standing, folder: Path, step: int) -> str:
     return f"Previews of step {steps[-1]:,}, from the averaged weights:\n\n" + _rich(("", "drawn from"), rows)
 
 
-def _model(run: standing.Standing, step: int, raw: bool, parameters: int) -> list[tuple[str, str]]:
+def _model(run: facts.Facts, step: int, raw: bool, parameters: int) -> list[tuple[str, str]]:
     model, sample = run.config["model"], run.config["sample"]
     return [
         ("parameters", f"{parameters:,}"),
@@ -125,7 +125,7 @@ def _model(run: standing.Standing, step: int, raw: bool, parameters: int) -> lis
     ]
 
 
-def _data(run: standing.Standing) -> list[tuple[str, str]]:
+def _data(run: facts.Facts) -> list[tuple[str, str]]:
     data, held_out = run.dataset, run.config["data"].get("holdout_fraction") or 0.0
     return [
         ("images", f"{data['count']:,}" if "count" in data else "unknown"),
@@ -139,7 +139,7 @@ def _data(run: standing.Standing) -> list[tuple[str, str]]:
     ]
 
 
-def _training(run: standing.Standing, step: int) -> list[tuple[str, str]]:
+def _training(run: facts.Facts, step: int) -> list[tuple[str, str]]:
     columns, upto = run.columns, run.columns["step"] <= step
     samples = _last(columns["samples_seen"][upto]) or step * run.batch
     seconds, passes = _last(columns["seconds"][upto]), _last(columns["passes"][upto])
@@ -164,7 +164,7 @@ def _training(run: standing.Standing, step: int) -> list[tuple[str, str]]:
     return rows
 
 
-def _changes(run: standing.Standing) -> str:
+def _changes(run: facts.Facts) -> str:
     rows = [
         (entry.get("field", ""), json.dumps(entry.get("from")), json.dumps(entry.get("to")))
         for entry in run.changes
@@ -174,7 +174,7 @@ def _changes(run: standing.Standing) -> str:
     return head + _table(("field", "from", "to"), rows[-CHANGES:]) if rows else ""
 
 
-def _held_out(run: standing.Standing, step: int) -> str:
+def _held_out(run: facts.Facts, step: int) -> str:
     columns = run.columns
     known = [
         k
@@ -185,12 +185,12 @@ def _held_out(run: standing.Standing, step: int) -> str:
         return "No evaluation on held-out images is recorded."
     rows = [
         (f"{columns['step'][k]:,.0f}", *(f"{columns[name][k]:.4f}" for name in EVALUATED.values()))
-        for k in (known[place] for place in gallery.evenly(range(len(known)), EVALUATIONS))
+        for k in (known[place] for place in report_pictures.evenly(range(len(known)), EVALUATIONS))
     ]
     return _table(("step", *EVALUATED), rows)
 
 
-def _health(run: standing.Standing, step: int) -> str:
+def _health(run: facts.Facts, step: int) -> str:
     said = [(at, name) for at, name in run.columns.texts.get("health", []) if at <= step]
     if not said:
         return "No verdict is recorded."
@@ -198,8 +198,8 @@ def _health(run: standing.Standing, step: int) -> str:
     return f"Verdict at step {step:,}: **{_plain(said[-1][1])}**.\n\n" + _table(("from step", "verdict"), rows)
 
 
-def _gate(run: standing.Standing, problems: list[str]) -> str:
-    gate = standing.read(run.workdir / "gate" / "gate.json", problems)
+def _gate(run: facts.Facts, problems: list[str]) -> str:
+    gate = facts.read(run.workdir / "gate" / "gate.json", problems)
     if not gate:
         inherited = run.origin.get("gate")
         if not isinstance(inherited, Mapping):
@@ -216,7 +216,7 @@ def _gate(run: standing.Standing, problems: list[str]) -> str:
     return words + ("\n\n" + _table(("check", "value", "needed", "passed"), rows) if rows else "")
 
 
-def _encoders(run: standing.Standing, copied: Sequence[str]) -> list[tuple[str, ...]]:
+def _encoders(run: facts.Facts, copied: Sequence[str]) -> list[tuple[str, ...]]:
     rows = []
     for kind, words in WHAT.items():
         section, print_ = run.dataset["encoders"][kind], run.dataset["fingerprint"].get(kind) or {}

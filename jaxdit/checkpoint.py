@@ -22,8 +22,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from encode.records import InputError
-from jaxdit import fits, processes, seal
-from jaxdit.quiet import first_line, leave_out_tracebacks
+from jaxdit import processes, saved_shapes, seal
+from jaxdit.orbax_log import first_line, leave_out_tracebacks
 
 SNAPSHOTS, LONG_INTERVAL = 10, 50_000  # EMA snapshots kept: the newest ten, and one in so many steps for good
 HALF_DAYS, HALF_DAY = (
@@ -196,7 +196,7 @@ class Checkpoints:
             )
         damaged: list[int] = []
         for step in reversed(steps):
-            fits.check(self.folder / str(step) / "state", state)
+            saved_shapes.check(self.folder / str(step) / "state", state)
             if processes.first():
                 logging.info("Reading step %d and comparing it with its seal: half a second for each GB.", step)
             try:
@@ -363,7 +363,7 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
 def _weights(folder: Path, shapes: Any, raw: bool) -> Any:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = _abstract({"params": shapes} if raw else shapes, device)
-    fits.check(folder, target, whole=not raw)
+    saved_shapes.check(folder, target, whole=not raw)
     args = ocp.checkpoint_utils.construct_restore_args(target)
     args = ocp.args.PyTreeRestore(item=target, restore_args=args, partial_restore=True)
     weights = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(folder, args=args)

@@ -23,7 +23,7 @@ from encode import commandline, records
 from encode.records import InputError
 from jaxdit import data
 from jaxdit.cache import Cache
-from jaxdit.quiet import first_line
+from jaxdit.orbax_log import first_line
 from jaxdit.wishes import ID, Wish
 
 MAX_PIXELS = 500_000_000  # of a reference

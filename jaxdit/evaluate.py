@@ -28,7 +28,7 @@ from PIL import Image
 
 from encode import commandline
 from encode.records import InputError, only_one, publish
-from jaxdit import checkpoint, exam, exhibits, mesh, page, quality_page, trained
+from jaxdit import checkpoint, exam, judged_images, mesh, page, quality_page, trained
 from jaxdit.metrics import duration
 
 IMAGES = 500
@@ -67,7 +67,7 @@ def evaluate(
 
     config, described = trained.describe(workdir)
     wanted = _steps(workdir, steps, raw)
-    dataset = exhibits.open_data(config, described, data_path)
+    dataset = judged_images.open_data(config, described, data_path)
     with only_one(out):
         scorer = _clip(clip)
         known = _fingerprint(
@@ -95,14 +95,14 @@ def evaluate(
                 problems.append(str(error))
                 continue
             if paper is None:
-                exhibits.refuse_other_data(workdir, run, dataset)
+                judged_images.refuse_other_data(workdir, run, dataset)
                 paper = exam.prepare(
                     run,
                     dataset,
                     _only(out, f"known-{known}"),
                     images=images,
                     vae=encoders.load_vae(dataset.info["encoders"]["vae"]),
-                    vision=exhibits.load_vision(dataset),
+                    vision=judged_images.load_vision(dataset),
                     clip=scorer,
                 )
                 progress = _Progress(exam.pictures(paper), len(missing))

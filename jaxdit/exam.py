@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdit import conditions, data, drawing, exhibits, heldout, judge, mesh, quality, trained
+from jaxdit import conditions, data, drawing, heldout, judge, judged_images, mesh, quality, trained
 from jaxdit.wishes import Wish
 
 JUDGED = 100  # images of the swap test, as in the gate
@@ -50,8 +50,8 @@ class Exam:
     examples: list[judge.Example]
     asked: judge.Questions | None
     why: str
-    reference: exhibits.Known
-    training: exhibits.Known
+    reference: judged_images.Known
+    training: judged_images.Known
     usual: dict[str, Any]
     near: dict[str, np.ndarray]
     vae: Any
@@ -84,11 +84,11 @@ def prepare(
     held_out = any(map(len, dataset.held_out.values()))
     rows = dataset.held_out if held_out else dataset.train
     mirrored = run.config.get("flow", {}).get("flip", 0) > 0
-    training = exhibits.know(dataset, run, dataset.train, folder / "training", 1 + mirrored, "training")
+    training = judged_images.know(dataset, run, dataset.train, folder / "training", 1 + mirrored, "training")
     reference = (
-        exhibits.know(dataset, run, dataset.held_out, folder / "held_out", 1, "held-out") if held_out else training
+        judged_images.know(dataset, run, dataset.held_out, folder / "held_out", 1, "held-out") if held_out else training
     )
-    places = exhibits.spread(rows, images)
+    places = judged_images.spread(rows, images)
     prompts, pixels, small = [], [], []
     for bucket, row in places:
         record = dataset.records(bucket, [row])[0]
@@ -97,14 +97,14 @@ def prepare(
         copies = {name: np.array(record[name]) for name in names}  # the record's own are views of all of it
         prompts.append(words | copies | {"bucket": bucket, "pixel_hash": record["pixel_hash"]})
         latent = record["latent"].astype(np.float32)[None]
-        pixels.append(exhibits.small(exhibits.whole(vae.decode(latent)[0], record)))
-        small.append(quality.thumbnails(exhibits.normalised(latent, run))[0])
+        pixels.append(judged_images.small(judged_images.whole(vae.decode(latent)[0], record)))
+        small.append(quality.thumbnails(judged_images.normalised(latent, run))[0])
     judged = np.unique(np.linspace(0, len(prompts) - 1, min(JUDGED, len(prompts))).round().astype(int))
-    examples = exhibits.gather(dataset, run, vae, [places[i] for i in judged])
+    examples = judged_images.gather(dataset, run, vae, [places[i] for i in judged])
     for example in examples:
         mask = example.record["mask"]
-        example.pixels = exhibits.small(exhibits.whole(example.pixels, example.record))
-        example.flipped = exhibits.small(exhibits.whole(example.flipped, {"mask": mask[:, ::-1]}))
+        example.pixels = judged_images.small(judged_images.whole(example.pixels, example.record))
+        example.flipped = judged_images.small(judged_images.whole(example.flipped, {"mask": mask[:, ::-1]}))
     asked, why = _questions(examples)
     own = None
     if not held_out:
@@ -203,7 +203,7 @@ def draw(exam: Exam, run: trained.Trained, places, texts, visions, seeds, tell) 
     weights = (float(options["text_guidance"]), float(options["vision_guidance"]))
     asked = [Wish("", (), (), seed, size, *weights, "", 1.0) for seed, size in zip(seeds, sizes)]
     given = [conditions.Given(text, vision, None) for text, vision in zip(texts, visions)]
-    shape = exhibits.common_shape(run)
+    shape = judged_images.common_shape(run)
     judged = {int(place): k for k, place in enumerate(exam.judged)}
     kept = np.zeros((len(judged), *shape, run.dataset["widths"]["latent"]), np.float32)
     pixels: list[Any] = [None] * len(places)
@@ -213,14 +213,15 @@ def draw(exam: Exam, run: trained.Trained, places, texts, visions, seeds, tell) 
         latents = np.stack([latent for _, latent in batch])
         for (k, _), latent in zip(batch, latents):
             prompt = exam.prompts[places[k]]
-            outside = exhibits.padding(prompt, latent.shape)
+            outside = judged_images.padding(prompt, latent.shape)
             if outside.any():
                 latent[outside] = prompt["latent"].astype(np.float32)[outside]
         decoded = [
-            exhibits.whole(picture, exam.prompts[places[k]]) for (k, _), picture in zip(batch, exam.vae.decode(latents))
+            judged_images.whole(picture, exam.prompts[places[k]])
+            for (k, _), picture in zip(batch, exam.vae.decode(latents))
         ]
         at = [k for k, _ in batch]
-        thumbs = quality.thumbnails(exhibits.normalised(latents, run))
+        thumbs = quality.thumbnails(judged_images.normalised(latents, run))
         small = np.zeros((len(places), thumbs.shape[1]), np.float32) if small is None else small
         small[at] = thumbs
         if exam.vision is not None:
@@ -228,9 +229,9 @@ def draw(exam: Exam, run: trained.Trained, places, texts, visions, seeds, tell) 
             vectors = np.zeros((len(places), looked.shape[1]), np.float32) if vectors is None else vectors
             vectors[at] = looked
         for k, picture, latent in zip(at, decoded, latents):
-            pixels[k] = exhibits.small(picture)
+            pixels[k] = judged_images.small(picture)
             if places[k] in judged:
-                kept[judged[places[k]]] = exhibits.compared(latent[None], run, shape)[0]
+                kept[judged[places[k]]] = judged_images.compared(latent[None], run, shape)[0]
         tell(len(batch))
     return Seen(pixels, vectors, small, kept)
 
@@ -343,7 +344,7 @@ def _pairs(exam: Exam, seen: Mapping[str, Seen], near) -> list[tuple[str, list]]
         views = exam.training.latents[place]
         view = int(np.argmin(((views - seen[name].thumbnails[i]) ** 2).sum(1)))
         latent = record[("latent", "latent_flip")[view]].astype(np.float32)
-        picture = exhibits.small(exam.vae.decode(latent[None])[0])
+        picture = judged_images.small(exam.vae.decode(latent[None])[0])
         prompt = exam.prompts[i]
         words = f"{value:.2f} of the usual distance from {record['id'].decode()}{', mirrored' if view else ''}"
         rows.append(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdit.past import RECENT, SETTLED, Past, error, median, noise, present, spread
+from jaxdit.history import RECENT, SETTLED, History, error, median, noise, present, spread
 
 KEPT = 0.7  # a trouble that was there in full stays until it has shrunk to this share
 CONDITIONS = ("time", "vision", "text", "null_vision", "null_text", "modulation", "cross_attention")
@@ -65,7 +65,7 @@ def judge(
         raise ValueError(
             f"health.window={window}, health.spike={spike}, health.patience={patience}: at least 24, above 0 and at least 4."
         )
-    past = Past(rows, window=window, spike=spike, patience=patience)
+    past = History(rows, window=window, spike=spike, patience=patience)
     for name, (level, check, advice) in TROUBLES.items():
         if (found := hold(check, past)) is not None:
             words, since = found
@@ -80,7 +80,7 @@ def judge(
     return Verdict("sound", f"{seen}: like its own past. Nothing to do.", None, "good")
 
 
-def hold(check: Callable[[Past, float], Any], past: Past) -> Any:
+def hold(check: Callable[[History, float], Any], past: History) -> Any:
     """What the check finds, if it is there in full, or was so some rows ago and has not clearly shrunk since."""
     weak = check(past, KEPT)
     if weak is None or check(past, 1.0) is not None:
@@ -102,7 +102,7 @@ def _back(saved: Sequence[int], averages: Sequence[int], since: int) -> str:
 # The checks: (rows, margin) -> what is seen. A margin below 1 asks for less, and is what a trouble is kept by.
 
 
-def _voided(p: Past, margin: float) -> Found:
+def _voided(p: History, margin: float) -> Found:
     for rows in (3, RECENT, p.window):
         count, span, since = _void_count(p, rows)
         if count >= 3 and (rows == 3 or count > 0.03 * margin * span):
@@ -110,7 +110,7 @@ def _voided(p: Past, margin: float) -> Found:
     return None
 
 
-def _one_voided(p: Past, margin: float) -> Found:
+def _one_voided(p: History, margin: float) -> Found:
     count, _, since = _void_count(p, RECENT)
     return (
         (f"{count} update{'s' * (count > 1)} from step {since:,} not finite, and moved nothing", since)
@@ -119,7 +119,7 @@ def _one_voided(p: Past, margin: float) -> Found:
     )
 
 
-def _void_count(p: Past, rows: int) -> tuple[int, int, int]:
+def _void_count(p: History, rows: int) -> tuple[int, int, int]:
     """(voided updates, all updates, step of the first voided one) over the newest rows; each voided update has a row."""
     bad = np.flatnonzero(~p.moved[-rows:])
     if not len(bad):
@@ -128,7 +128,7 @@ def _void_count(p: Past, rows: int) -> tuple[int, int, int]:
     return len(bad), steps[-1] - steps[0] + 1, steps[bad[0]]
 
 
-def _data_changed(p: Past, margin: float) -> Found:
+def _data_changed(p: History, margin: float) -> Found:
     recent = p.last(p.patience, "target_rms")[0]
     if len(p.first_targets) < 12 or len(p.step) < 24 or not (recent > 0).all():
         return None
@@ -141,7 +141,7 @@ def _data_changed(p: Past, margin: float) -> Found:
     return f"the targets are of another size since step {since:,}: {exp(now):.3g}, at first {exp(usual):.3g}", since
 
 
-def _diverged(p: Past, margin: float) -> Found:
+def _diverged(p: History, margin: float) -> Found:
     if not len(p.step) or p.step[-1] < SETTLED:
         return None
     for now, uncertain in _levels(p):
@@ -155,7 +155,7 @@ def _diverged(p: Past, margin: float) -> Found:
     return None
 
 
-def _levels(p: Past) -> list[tuple[float, float]]:
+def _levels(p: History) -> list[tuple[float, float]]:
     """(log loss, standard error) of the newest rows: of few, which tell it at once where the loss is quiet, and of more."""
     return [
         (median(p.loss[-rows:]), error(p.loss[-p.window :], rows))
@@ -164,14 +164,14 @@ def _levels(p: Past) -> list[tuple[float, float]]:
     ]
 
 
-def _velocity(p: Past, rows: int) -> np.ndarray:
+def _velocity(p: History, rows: int) -> np.ndarray:
     """[up to rows] root mean square of the predicted velocity over that of the target, NaN where not known."""
     predicted, target = p.last(rows, "velocity_rms", "target_rms")
     with np.errstate(divide="ignore", invalid="ignore"):
         return predicted / target
 
 
-def _collapsed(p: Past, margin: float) -> Found:
+def _collapsed(p: History, margin: float) -> Found:
     recent = _velocity(p, p.patience)
     if len(recent) < p.patience or not (recent < 0.1 / margin).mean() > 0.75:
         return None
@@ -183,7 +183,7 @@ def _collapsed(p: Past, margin: float) -> Found:
     )
 
 
-def _back_at_start(p: Past, margin: float) -> Found:
+def _back_at_start(p: History, margin: float) -> Found:
     best, step, error_of_best = p.best
     if not best < p.start + log(0.75):
         return None
@@ -197,7 +197,7 @@ def _back_at_start(p: Past, margin: float) -> Found:
     return None
 
 
-def _unstable(p: Past, margin: float) -> Found:
+def _unstable(p: History, margin: float) -> Found:
     usual, wide = p.usual
     if math.isnan(usual):
         return None
@@ -221,12 +221,12 @@ def _unstable(p: Past, margin: float) -> Found:
     return None
 
 
-def _limit(p: Past, wide: float) -> float:
+def _limit(p: History, wide: float) -> float:
     """How far above the usual, in the logarithm, a norm is a spike."""
     return min(max(p.spike * wide, log(4)), log(50))
 
 
-def _lost_ground(p: Past, margin: float) -> Found:
+def _lost_ground(p: History, margin: float) -> Found:
     best, step, error_of_best = p.best
     for now, uncertain in _levels(p):
         limit = margin * max(log(1.1), 8 * math.hypot(error_of_best, uncertain))
@@ -236,7 +236,7 @@ def _lost_ground(p: Past, margin: float) -> Found:
     return None
 
 
-def _dying(p: Past, margin: float) -> Found:
+def _dying(p: History, margin: float) -> Found:
     usual, wide = p.usual
     if math.isnan(usual):
         return None
@@ -256,7 +256,7 @@ def _dying(p: Past, margin: float) -> Found:
     )
 
 
-def _not_learning(p: Past, margin: float) -> Found:
+def _not_learning(p: History, margin: float) -> Found:
     if len(p.step) < 48 or p.step[-1] < 500 or not min(p.best[0], p.now) > p.start + log(1 - 0.03 / margin):
         return None
     if p.warming and p.step[-1] < 2_000:
@@ -264,7 +264,7 @@ def _not_learning(p: Past, margin: float) -> Found:
     return f"after {p.step[-1]:,} steps the loss is {exp(p.now):.3g}, as at the start", int(p.step[0])
 
 
-def _condition_ignored(p: Past, margin: float) -> Found:
+def _condition_ignored(p: History, margin: float) -> Found:
     for name in CONDITIONS:
         # A small batch may drop no condition at all, and the null tokens rest; thirty times in a row it does not.
         rows = 30 if name.startswith("null") else 4
@@ -279,7 +279,7 @@ def _condition_ignored(p: Past, margin: float) -> Found:
     return None
 
 
-def _memorising(p: Past, margin: float) -> Found:
+def _memorising(p: History, margin: float) -> Found:
     step, held_out, training, _ = p.evaluations[:, np.isfinite(p.evaluations[2])]
     if len(step) < 5:
         return None
@@ -293,7 +293,7 @@ def _memorising(p: Past, margin: float) -> Found:
     return f"{words}, while that of training images went from {training[k]:.4g} to {training[-1]:.4g}", int(step[k]) + 1
 
 
-def _average_behind(p: Past, margin: float) -> Found:
+def _average_behind(p: History, margin: float) -> Found:
     step, average, _, raw = p.evaluations[:, np.isfinite(p.evaluations[3])]
     if len(step) < 6:
         return None
@@ -307,7 +307,7 @@ def _average_behind(p: Past, margin: float) -> Found:
     )
 
 
-def _uneven(p: Past, margin: float) -> Found:
+def _uneven(p: History, margin: float) -> Found:
     rows = min(p.window // 2, len(p.loss) // 3)
     if rows < 16:
         return None
@@ -331,7 +331,7 @@ def _uneven(p: Past, margin: float) -> Found:
     return None
 
 
-def _spike(p: Past, margin: float) -> Found:
+def _spike(p: History, margin: float) -> Found:
     usual, wide = p.usual
     recent = np.where(p.step[-RECENT:] >= SETTLED, p.norm[-RECENT:], -math.inf)
     at = int(recent.argmax()) if len(recent) else 0
@@ -343,14 +343,15 @@ def _spike(p: Past, margin: float) -> Found:
     return f"gradient norm {exp(recent[at]):.3g} at step {step:,}, {times:.3g} times the usual{returned}", step
 
 
-def _jumps(p: Past, margin: float) -> float | None:
+def _jumps(p: History, margin: float) -> float | None:
     """How far the log norm jumps from row to row, where that is far."""
     size = noise(p.norm[-p.window :]) if len(p.norm) >= 48 else 0.0
     return size if size > 0.4 * margin else None
 
 
 LESS = "optim.peak_learning_rate to"
-TROUBLES: dict[str, tuple[str, Callable[[Past, float], Found], str]] = {  # name: level, check, advice; the worst first
+# name: level, check, advice; the worst first
+TROUBLES: dict[str, tuple[str, Callable[[History, float], Found], str]] = {
     "voided": ("act", _voided, "Look at the data of those steps. Lower " + LESS + " a half and {back}."),
     "data changed": ("act", _data_changed, "Look at the data and its statistics, then {back}."),
     "diverged": ("act", _diverged, "Stop. Lower " + LESS + " a third and {back}."),

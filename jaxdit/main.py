@@ -59,13 +59,13 @@ def train(config) -> int:
     """Train, and give the exit code."""
     import jax
 
-    from jaxdit import checkpoint, data, mesh, processes, teller
+    from jaxdit import checkpoint, data, mesh, processes, progress
     from jaxdit.train import train as run
 
     mesh.keep_programs()
     try:
         result = run(config, commandline.path_of(WORKDIR.value))
-    except (teller.TrainingStopped, data.ReadFailed) as error:
+    except (progress.TrainingStopped, data.ReadFailed) as error:
         return commandline.fail(str(error))
     except checkpoint.SaveFailed as error:
         processes.leave(f"Error: {error}", 1)  # its threads would fill pages when the interpreter ends them

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from encode.records import publish
-from jaxdit import boards
+from jaxdit import trackers
 
 DATED = 3 * 3600.0  # a run that ends later than this is told the day and the hour
 CHUNK, NEWEST = 1000, 2000  # rows turned into columns at a time; rows kept whole for health to judge
@@ -53,16 +53,16 @@ class Metrics:
     ):
         workdir = Path(workdir)
         if wandb:
-            boards.wandb_library(wandb)  # what is missing is said before anything is touched
+            trackers.wandb_library(wandb)  # what is missing is said before anything is touched
         workdir.mkdir(parents=True, exist_ok=True)
-        self._web = boards.WandB(workdir, wandb, name, config) if wandb else None
+        self._web = trackers.WandB(workdir, wandb, name, config) if wandb else None
         self.path = workdir / "metrics.jsonl"
         self.last, self.seconds = _remove_after(self.path, step)
         self._step = self.last["step"] if self.last else -1
         self._words = {key: value for key, value in (self.last or {}).items() if isinstance(value, str)}
         self._unwritten, self._complained = b"", False
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 held open for the length of the run
-        self._board = boards.TensorBoard(workdir, step)
+        self._board = trackers.TensorBoard(workdir, step)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row.

@@ -21,7 +21,7 @@ import numpy as np
 
 from encode.records import InputError, publish, write_json
 from jaxdit import data, decode_previews, trained
-from jaxdit.quiet import first_line
+from jaxdit.orbax_log import first_line
 
 MOST_BUCKETS = 3  # each shape of picture is one program to compile
 CONDITIONS = ("text", "text_length", "vision", "drop_text", "drop_vision")

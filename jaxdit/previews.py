@@ -19,7 +19,7 @@ import numpy as np
 
 from encode.records import publish
 from jaxdit import data, decode_previews, preview_set, sampler, trained
-from jaxdit.quiet import first_line
+from jaxdit.orbax_log import first_line
 
 PATIENCE = (
     300.0  # seconds for the pictures of the last step: eight of 1024 x 1024 on a desktop's cores, while nothing trains

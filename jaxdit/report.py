@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from encode.records import InputError, publish
-from jaxdit import gallery, health
+from jaxdit import health, report_pictures
 from jaxdit.charts import Line, chart, grid, stretches
+from jaxdit.facts import Facts, look
 from jaxdit.metrics import date, duration
 from jaxdit.page import amount, escape, fold, page, rich_table, section, size, table, tiles
-from jaxdit.standing import Standing, look
 
 CHANGES = 24  # rows of a table of what changed
 CALM = {"young": "Too few rows to know what is usual.", "hairy": "Usual for small batches: nothing to do."}
@@ -79,17 +79,17 @@ def build(workdir: Path, samples: str | Path | None, encoded: str | Path | None,
     """The page as text; beside is the folder it will stand in."""
     run = look(workdir)
     parts: list[tuple[str, Callable[[], str]]] = [
-        ("Samples", lambda: section("Samples", gallery.samples(samples))),
+        ("Samples", lambda: section("Samples", report_pictures.samples(samples))),
         ("Loss", lambda: section("Loss", losses(run), LOSS_NOTE)),
-        ("Previews", lambda: section("Previews", gallery.previews(workdir, beside), PREVIEWS_NOTE)),
+        ("Previews", lambda: section("Previews", report_pictures.previews(workdir, beside), PREVIEWS_NOTE)),
         ("Health", lambda: section("Health", history(run), HEALTH_NOTE)),
         ("Loss by timestep", lambda: section("Loss by timestep", timesteps(run), TIMESTEPS_NOTE)),
         ("Pace", lambda: section("Pace", pace(run), PACE_NOTE)),
         ("Conditions", lambda: section("Inside the model", insides(run), INSIDE_NOTE)),
         ("Cost", lambda: section("Cost", cost(run), cost_note(run), wide=False)),
         ("Checkpoints", lambda: section("Checkpoints", checkpoints(run), wide=False)),
-        ("The gate", lambda: section("The gate", gallery.gate(workdir, beside))),
-        ("The encoded data", lambda: section("The encoded data", gallery.encoded(encoded))),
+        ("The gate", lambda: section("The gate", report_pictures.gate(workdir, beside))),
+        ("The encoded data", lambda: section("The encoded data", report_pictures.encoded(encoded))),
         ("Changes", lambda: section("Changed since the start", changes(run), wide=False)),
         ("Configuration", lambda: section("Configuration", configuration(run), wide=False)),
     ]
@@ -108,7 +108,7 @@ def _safely(name: str, make: Callable[[], str]) -> str:
         return section(name, f"<p class='faint'>It cannot be shown: {escape(error)}</p>")
 
 
-def head(run: Standing) -> str:
+def head(run: Facts) -> str:
     """Where the run stands in a sentence, its health in another, the numbers below."""
     if not run.step:
         return f"{_over(run)}<h1>Nothing has been trained yet.</h1>{_problems(run)}"
@@ -134,15 +134,15 @@ def head(run: Standing) -> str:
     return f"{_over(run)}<h1>{escape(title)}</h1>{bar}{lead}{verdict}{_problems(run)}{_tiles(run)}"
 
 
-def _over(run: Standing) -> str:
+def _over(run: Facts) -> str:
     return f'<p class="over">{escape(run.workdir.resolve())} · {escape(date(run.now, run.now))}</p>'
 
 
-def _problems(run: Standing) -> str:
+def _problems(run: Facts) -> str:
     return "".join(f'<p class="faint">{escape(words)}</p>' for words in run.problems)
 
 
-def _end(run: Standing) -> str:
+def _end(run: Facts) -> str:
     """When it ends at the present rate; for a run that has gone quiet, how to go on."""
     if run.left is None:
         words = "Its rate is not known yet."
@@ -157,7 +157,7 @@ def _end(run: Standing) -> str:
     return words
 
 
-def _tiles(run: Standing) -> str:
+def _tiles(run: Facts) -> str:
     rows = [
         (amount(run.samples), "samples seen"),
         (amount(run.passes), f"passes over {run.images:,} images") if run.passes else None,
@@ -171,7 +171,7 @@ def _tiles(run: Standing) -> str:
     return tiles(row for row in rows if row)
 
 
-def losses(run: Standing) -> str:
+def losses(run: Facts) -> str:
     c, steps = run.columns, run.columns["step"]
     voided = run.voided_steps
     marked = "Marked below: updates that were not finite and moved nothing." if len(voided) else ""
@@ -213,12 +213,12 @@ def losses(run: Standing) -> str:
     )
 
 
-def _held_out(run: Standing) -> np.ndarray:
+def _held_out(run: Facts) -> np.ndarray:
     ours = run.columns["eval/held_out/ema/text_vision"]
     return ours if np.isfinite(ours).any() else run.columns["held_out_loss"]
 
 
-def timesteps(run: Standing) -> str:
+def timesteps(run: Facts) -> str:
     c, drawn = run.columns, []
     for k in range(10):
         lines = [
@@ -229,7 +229,7 @@ def timesteps(run: Standing) -> str:
     return f'<div class="bins">{"".join(drawn)}</div>' if any(drawn) else ""
 
 
-def pace(run: Standing) -> str:
+def pace(run: Facts) -> str:
     c, steps = run.columns, run.columns["step"]
     return grid(
         chart("Learning rate", steps, [Line("rate", c["learning_rate"], "b")], zero=True),
@@ -243,7 +243,7 @@ def _share(title: str, steps: np.ndarray, values: np.ndarray) -> str:
     return chart(title, steps, [Line("share", values, "b", band=True)], zero=True, percent=True)
 
 
-def insides(run: Standing) -> str:
+def insides(run: Facts) -> str:
     c, steps = run.columns, run.columns["step"]
 
     def each(kind: str) -> list[Line]:
@@ -261,7 +261,7 @@ def insides(run: Standing) -> str:
     )  # fmt: skip
 
 
-def history(run: Standing) -> str:
+def history(run: Facts) -> str:
     """When the verdict changed."""
     found = run.columns.texts.get("health", [])
     if not found:
@@ -280,7 +280,7 @@ def history(run: Standing) -> str:
     return band + rich_table(["from step", "verdict", "for", "what to do"], rows, (0, 2), "prose") + more
 
 
-def cost(run: Standing) -> str:
+def cost(run: Facts) -> str:
     """What the run has cost and will cost."""
     if not run.seconds:
         return ""
@@ -295,14 +295,14 @@ def cost(run: Standing) -> str:
     return table(["", "time", "samples", "energy"], lines, (1, 2, 3))
 
 
-def cost_note(run: Standing) -> str:
+def cost_note(run: Facts) -> str:
     if not run.watts:
         return "Energy is not known: metrics.watts is not set."
     words = f"Energy is an estimate: hours times metrics.watts, {run.watts:,.0f} W. Nothing was measured."
     return words if run.done else f"{words} What is to come is at the present rate."
 
 
-def checkpoints(run: Standing) -> str:
+def checkpoints(run: Facts) -> str:
     if not run.saved:
         return "<p>None is saved yet.</p>"
     rows = [
@@ -316,7 +316,7 @@ def checkpoints(run: Standing) -> str:
     return table(["step", "good for", "size", "saved"], rows, (0, 2)) + words
 
 
-def changes(run: Standing) -> str:
+def changes(run: Facts) -> str:
     """What was changed from one start to the next, newest first."""
     rows = []
     for entry in reversed(run.changes[-CHANGES:]):
@@ -326,7 +326,7 @@ def changes(run: Standing) -> str:
     return table(["when", "field", "from", "to"], rows) if rows else ""
 
 
-def configuration(run: Standing) -> str:
+def configuration(run: Facts) -> str:
     rows = []
     if run.dataset:
         buckets = len(run.dataset.get("buckets", ()))
@@ -353,7 +353,7 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else duration(seconds)
 
 
-def _energy(run: Standing, seconds: float) -> str:
+def _energy(run: Facts, seconds: float) -> str:
     kwh = seconds / 3.6e6 * run.watts
     return f"{kwh:,.0f} kWh" if kwh >= 10 else f"{kwh:.2g} kWh" if kwh >= 0.1 else f"{1000 * kwh:.2g} Wh"
 

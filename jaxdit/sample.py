@@ -25,7 +25,7 @@ from absl import flags
 
 from encode import commandline
 from encode.records import InputError, only_one, write_json
-from jaxdit import album, conditions, data, sampler, sheet, studio, trained, wishes
+from jaxdit import album, conditions, data, render, sampler, sheet, trained, wishes
 from jaxdit.cache import Cache, cache_folder
 from jaxdit.metrics import duration
 from jaxdit.wishes import Wish
@@ -116,20 +116,20 @@ def _run(workdir: Path, out: Path) -> int:
         except OSError as error:
             raise InputError(f"--out={out}: this folder cannot be made or written to ({error.strerror}).") from error
         album.refuse_others(out)
-        return _Session(studio.Studio(run, workdir, out, options, raw=given.raw)).make(asked, grids, known, problems)
+        return _Session(render.Renderer(run, workdir, out, options, raw=given.raw)).make(asked, grids, known, problems)
 
 
 class _Session:
     """One call: what is there already stays, the rest is drawn, and what is made is kept whatever ends the call."""
 
-    def __init__(self, at: studio.Studio):
-        self.studio, self.out, self.album = at, at.out, at.album
+    def __init__(self, at: render.Renderer):
+        self.renderer, self.out, self.album = at, at.out, at.album
 
     def make(self, asked, grids, known, problems) -> int:
         in_grid = frozenset(place for lines in grids for line in lines for place in line)
-        plan = self.studio.plan(asked, in_grid)
+        plan = self.renderer.plan(asked, in_grid)
         asked, names, settings = plan.asked, plan.names, plan.settings
-        if there := self.studio.there(plan):
+        if there := self.renderer.there(plan):
             print(
                 f"{len(there)} of {len(asked)} pictures are there already with the same settings; they stay as they are."
             )
@@ -139,7 +139,7 @@ class _Session:
                 problems.append(problem)
         except KeyboardInterrupt:
             stopped = True
-        made = self.studio.there(plan)
+        made = self.renderer.there(plan)
         try:
             self._list(made, names, settings)
             self._sheet([place for place in made if place not in in_grid], names, asked)
@@ -153,14 +153,14 @@ class _Session:
             return commandline.STOPPED
         return code
 
-    def _draw(self, plan: studio.Plan, known) -> Iterator[str]:
+    def _draw(self, plan: render.Plan, known) -> Iterator[str]:
         """Draw and save, and say so; what went wrong, as it is met."""
         from encode import encoders
 
-        vae = encoders.load_vae(self.studio.run.dataset["encoders"]["vae"])
+        vae = encoders.load_vae(self.renderer.run.dataset["encoders"]["vae"])
         cache = Cache(cache_folder(flags.FLAGS.cache))
         progress = _Progress(0)
-        for kind, value in self.studio.draw(plan, vae, cache, known=known, most=flags.FLAGS.batch):
+        for kind, value in self.renderer.draw(plan, vae, cache, known=known, most=flags.FLAGS.batch):
             if kind == "problem":
                 yield value
             elif kind == "note":
@@ -171,7 +171,7 @@ class _Session:
                 progress.picture(self.out / plan.names[value], plan.asked[value])
             elif kind == "batch":
                 with contextlib.suppress(OSError):  # a disk that is full says so again at the end
-                    self._list(self.studio.there(plan), plan.names, plan.settings)
+                    self._list(self.renderer.there(plan), plan.names, plan.settings)
                 progress.batch(value)
                 commandline.go_on()
 

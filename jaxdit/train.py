@@ -21,7 +21,6 @@ import numpy as np
 
 from encode.records import DatasetError, InputError, only_one
 from jaxdit import (
-    boards,
     checkpoint,
     data,
     estimate,
@@ -37,9 +36,10 @@ from jaxdit import (
     programs,
     report,
     startup,
+    trackers,
 )
 from jaxdit import workdir as folder
-from jaxdit.teller import JUDGED, Teller
+from jaxdit.progress import JUDGED, Progress
 
 TRY_AGAIN = 300.0  # seconds after a save that failed
 FREE_SECONDS = 60.0  # of evaluation and previews, before train.eval_budget is looked at
@@ -58,7 +58,7 @@ def train(config: Any, workdir: str | Path) -> str:
     Raises:
       InputError: the configuration, the data set or the working folder is wrong; nothing was changed.
       data.ReadFailed: a record cannot be read; everything until then is saved.
-      teller.TrainingStopped: too many updates in a row were not finite.
+      progress.TrainingStopped: too many updates in a row were not finite.
       checkpoint.SaveFailed: too many saves in a row, or the last one, could not be written.
     """
     workdir = Path(workdir)
@@ -71,7 +71,7 @@ def train(config: Any, workdir: str | Path) -> str:
     except ValueError as error:
         raise InputError(str(error)) from error
     if config.metrics.wandb:
-        boards.wandb_library(config.metrics.wandb)  # that it is missing is said now
+        trackers.wandb_library(config.metrics.wandb)  # that it is missing is said now
     dataset = data.Dataset(
         config.data.path,
         holdout_fraction=config.data.holdout_fraction,
@@ -125,7 +125,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
         start_seconds=max(log.seconds if log else 0.0, kept.get("metrics", {}).get("seconds", 0.0)),
         peak=estimate.peak_flops(jax.devices()[0].device_kind, made.settings["dtype"], jax.device_count()),
     )
-    teller = Teller(config, log, clock, rows, saver, sum(map(len, dataset.train.values())))
+    progress = Progress(config, log, clock, rows, saver, sum(map(len, dataset.train.values())))
     previewing = config.sample.previews > 0
     pictures = previews.Previews(workdir, dataset, config, made.graph) if previewing and log else None
     budget, stop, saved_at = Budget(config.train.eval_budget), processes.StopOnSignal(dataset.closing), time.monotonic()
@@ -141,7 +141,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
         jax.block_until_ready(state)  # the update in hand is training, not saving
         began = time.monotonic()
         if pending is not None:
-            teller.tell(pending)
+            progress.tell(pending)
             pending = None
         if log:
             log.sync()
@@ -232,7 +232,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
                     clock.skip(time.monotonic() - began)
                 clock.trained(config.train.batch_size, flops)
                 if pending is not None:  # one step late, so that the device never waits for this line
-                    teller.tell(pending)
+                    progress.tell(pending)
                 pending = {"step": step, **row}
 
                 last = step == config.train.total_steps

@@ -30,7 +30,7 @@ from absl import flags
 
 from encode import commandline
 from encode.records import InputError, write_json
-from jaxdit import advice, data, exhibits, gate_page, judge, mesh, model, origin, trained, update
+from jaxdit import advice, data, gate_page, judge, judged_images, mesh, model, origin, trained, update
 
 IMAGES, BATCH, GRADIENT_IMAGES = 100, 20, 32
 SAMPLING = {
@@ -43,8 +43,8 @@ STILL = 1e-4  # relative change of a projection's parameters below which it has 
 
 
 def gather(dataset: data.Dataset, run: trained.Trained, vae: Any) -> list[judge.Example]:
-    """At most 100 images of the training data, spread evenly; see `exhibits.gather`."""
-    return exhibits.gather(dataset, run, vae, exhibits.spread(dataset.train, IMAGES))
+    """At most 100 images of the training data, spread evenly; see `judged_images.gather`."""
+    return judged_images.gather(dataset, run, vae, judged_images.spread(dataset.train, IMAGES))
 
 
 def draw_all(
@@ -57,7 +57,7 @@ def draw_all(
 ) -> judge.Drawn:
     """A picture for each example's shape from the given conditions (None is an absent one), and what the encoder sees."""
     pictures: list[Any] = [None] * len(examples)
-    latents = np.zeros((len(examples), *exhibits.common_shape(run), run.dataset["widths"]["latent"]), np.float32)
+    latents = np.zeros((len(examples), *judged_images.common_shape(run), run.dataset["widths"]["latent"]), np.float32)
     for bucket in sorted({example.bucket for example in examples}):
         members = [i for i, example in enumerate(examples) if example.bucket == bucket]
         for start in range(0, len(members), BATCH):
@@ -77,9 +77,9 @@ def draw_all(
             )[: len(part)]
             for i, found in zip(part, drawn):
                 record = examples[i].record
-                outside = exhibits.padding(record, found.shape)
+                outside = judged_images.padding(record, found.shape)
                 found[outside] = record["latent"].astype(np.float32)[outside]
-            latents[part] = exhibits.compared(drawn, run, latents.shape[1:3])
+            latents[part] = judged_images.compared(drawn, run, latents.shape[1:3])
             for i, pixels in zip(part, vae.decode(drawn)):
                 pictures[i] = pixels
     return judge.Drawn(pictures, latents, None if vision_encoder is None else vision_encoder.encode(pictures))
@@ -157,10 +157,10 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
 
     began = time.monotonic()
     averaged = trained.load(workdir)
-    dataset = exhibits.open_data(averaged.config, averaged.dataset, data_path)
-    exhibits.refuse_other_data(workdir, averaged, dataset)
+    dataset = judged_images.open_data(averaged.config, averaged.dataset, data_path)
+    judged_images.refuse_other_data(workdir, averaged, dataset)
     vae = encoders.load_vae(dataset.info["encoders"]["vae"])
-    vision_encoder = exhibits.load_vision(dataset)
+    vision_encoder = judged_images.load_vision(dataset)
     examples = gather(dataset, averaged, vae)
     rule = judge.GENERATED if {e.record["caption"].decode() for e in examples} <= demo.captions() else judge.OWN
     asked = judge.questions(examples) if len(examples) >= judge.FEWEST else None

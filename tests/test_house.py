@@ -10,19 +10,19 @@ FILES = sorted(path for folder in ("encode", "jaxdit", "configs", "torch_dit") f
 # Every file of jaxdit stands on a floor and imports only from floors below; rooms of one floor do not import each other.
 FLOORS = [
     {"main", "sample", "validate", "evaluate", "plan", "export", "app"},
-    {"train", "easel", "forecast"},
-    {"desk"},
-    {"previews", "measure", "studio", "cabinet", "exam"},
-    {"programs", "teller", "preview_set", "album", "conditions", "drawing", "gate_page", "quality_page", "exhibits"},
-    {"trained", "update", "heldout", "origin", "startup"},
+    {"train", "app_page", "forecast"},
+    {"app_jobs"},
+    {"previews", "measure", "render", "app_files", "exam"},
+    {"programs", "progress", "preview_set", "album", "conditions", "drawing", "gate_page", "judged_images"},
+    {"trained", "update", "heldout", "origin", "startup", "quality_page"},
     {"model", "flow", "sampler", "optim", "data", "checkpoint", "mesh", "workdir", "report", "card", "estimate"},
-    {"standing"},
-    {"metrics", "health", "charts", "gallery", "judge", "fits"},
+    {"facts"},
+    {"metrics", "health", "charts", "report_pictures", "judge", "saved_shapes"},
     {
-        "boards",
-        "past",
+        "trackers",
+        "history",
         "order",
-        "quiet",
+        "orbax_log",
         "page",
         "decode_previews",
         "wishes",
@@ -44,12 +44,12 @@ EDGE = {
     "conditions",
     "validate",
     "evaluate",
-    "exhibits",
+    "judged_images",
     "likeness",
     "decode_previews",
     "export",
-    "desk",
-    "cabinet",
+    "app_jobs",
+    "app_files",
 }  # what may import more of encode, inside a function
 
 
@@ -98,10 +98,10 @@ def test_ray_is_optional():
 def test_nicegui_is_optional():
     for path in FILES:
         for module, at_top in imports(path):
-            assert module.split(".")[0] != "nicegui" or path.stem == "easel" or (path.stem == "app" and not at_top), (
-                path
-            )
-            assert module != "jaxdit.easel" or not at_top, f"{path}: only inside a function"
+            assert (
+                module.split(".")[0] != "nicegui" or path.stem == "app_page" or (path.stem == "app" and not at_top)
+            ), path
+            assert module != "jaxdit.app_page" or not at_top, f"{path}: only inside a function"
 
 
 def test_every_file_of_jaxdit_stands_on_one_floor():

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from work import calls
 
-from encode import abroad
+from encode import languages
 from encode.captions import Sense, senses, swap
 
 OPPOSITE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
@@ -221,9 +221,9 @@ def test_no_caption_is_slow(unit):
     ],
 )
 def test_every_word_of_another_language_is_known_by_itself(words):
-    assert [word for word in words.split() if abroad.found(word) is None] == []
+    assert [word for word in words.split() if languages.found(word) is None] == []
     for phrase in ("сол жақ", "оң жақ", "по часовой стрелке", "pa labi"):
-        assert abroad.found(phrase) is not None
+        assert languages.found(phrase) is not None
 
 
 def test_the_politicians_of_the_left_are_no_side_of_the_picture():

@@ -1,4 +1,4 @@
-"""The desk behind the page, its gallery and its limits; the page itself is tested in a browser: test_app_browser.py."""
+"""The orders behind the page, its gallery and its limits; the page itself is tested in a browser: test_app_browser.py."""
 
 import asyncio
 import functools
@@ -25,11 +25,11 @@ from app_run import LATER, STEP, huge, picture
 from PIL import Image
 
 from encode.records import InputError
-from jaxdit import album, app, cabinet, desk, studio, trained
+from jaxdit import album, app, app_files, app_jobs, render, trained
 from jaxdit.cache import Cache
 
 ROOT = Path(__file__).parents[2]
-ORDER = desk.Order(prompt="a kite on the left", steps=3, size="64x64", text=(2.0,), vision=(1.5,))
+ORDER = app_jobs.Order(prompt="a kite on the left", steps=3, size="64x64", text=(2.0,), vision=(1.5,))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def workdir(tmp_path_factory):
 def at(workdir, tmp_path):
     gallery = tmp_path / "gallery"
     gallery.mkdir()
-    found = desk.Desk(workdir, gallery, Cache(tmp_path / "cache"))
+    found = app_jobs.Jobs(workdir, gallery, Cache(tmp_path / "cache"))
     yield found
     found.close(30)
 
@@ -59,11 +59,11 @@ def pixels(path):
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-# The desk.
+# Orders and jobs.
 
 
 def test_an_order_becomes_the_picture_that_its_command_draws_again(at, tmp_path):
-    names = tuple(at.cabinet.take_in(f"{k}.png", picture((k, 90, 60))) for k in (10, 240))
+    names = tuple(at.files.take_in(f"{k}.png", picture((k, 90, 60))) for k in (10, 240))
     job = ended(at.take_order(replace(ORDER, references=names, mix=0.3, seed=5, solver="heun", at=(STEP,))))
     assert not job.problems and job.done == 1 and job.phase.startswith("Done")
     ((name,),) = job.names
@@ -105,7 +105,7 @@ def test_a_watched_drawing_is_the_unwatched_one_and_shows_where_it_goes(workdir,
 
 
 def test_weights_seeds_and_checkpoints_stand_side_by_side(at):
-    reference = at.cabinet.take_in("a.png", picture())
+    reference = at.files.take_in("a.png", picture())
     asked = replace(ORDER, references=(reference,))
     weights = ended(at.take_order(replace(asked, text=(2.0, 3.0), vision=(1.5, 4.0))))
     assert weights.rows == ["prompt 2", "prompt 3"] and weights.columns == ["reference 1.5", "reference 4"]
@@ -125,7 +125,7 @@ def test_weights_seeds_and_checkpoints_stand_side_by_side(at):
     every = [name for job in (weights, through, raw, seeds) for row in job.names for name in row]
     assert not any(job.problems for job in (weights, through, raw, seeds)) and len({*every}) == 11
     assert len({pixels(at.gallery / name).tobytes() for name in every}) == 11
-    assert set(at.cabinet.names(100)) == {*every} and len(at.cabinet.names(5)) == 5
+    assert set(at.files.names(100)) == {*every} and len(at.files.names(5)) == 5
 
 
 def test_what_is_there_is_not_drawn_again(at, monkeypatch):
@@ -158,7 +158,7 @@ def test_one_is_drawn_at_a_time_and_the_others_know_their_place(at, monkeypatch)
     assert ended(jobs[0]).phase.startswith("Stopped") and jobs[0].names == [[None]]
     assert all(ended(job).names != [[None]] and not job.problems for job in jobs[2:]) and len(threads) == 1
     going.clear()
-    many = [at.take_order(replace(ORDER, seed=10 + k)) for k in range(desk.WAITING)]
+    many = [at.take_order(replace(ORDER, seed=10 + k)) for k in range(app_jobs.WAITING)]
     with pytest.raises(InputError, match="are waiting already"):
         for k in range(2):
             many.append(at.take_order(replace(ORDER, seed=50 + k)))
@@ -170,10 +170,10 @@ def test_one_is_drawn_at_a_time_and_the_others_know_their_place(at, monkeypatch)
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"prompt": "x" * (desk.LETTERS + 1)}, "2,001 letters"),
+        ({"prompt": "x" * (app_jobs.LETTERS + 1)}, "2,001 letters"),
         ({"prompt": "\ud800"}, "not Unicode"),
         ({"steps": 0}, "from 1 to 200"),
-        ({"steps": desk.STEPS + 1}, "from 1 to 200"),
+        ({"steps": app_jobs.STEPS + 1}, "from 1 to 200"),
         ({"seed": -1}, "seeds go from 0"),
         ({"seed": 2**32}, "seeds go from 0"),
         ({"count": 0}, "at least 1 picture"),
@@ -203,9 +203,9 @@ def test_whatever_happens_the_next_order_is_drawn(at, monkeypatch, caplog):
         raise RuntimeError("the card is gone\nand more")
 
     with monkeypatch.context() as broken:
-        broken.setattr(studio.Studio, "draw", draw)
+        broken.setattr(render.Renderer, "draw", draw)
         assert ended(at.take_order(ORDER)).problems == ["RuntimeError: the card is gone"]
-    kept = at.cabinet.take_in("a.png", picture())
+    kept = at.files.take_in("a.png", picture())
     (at.gallery / "references" / kept).write_bytes(picture()[:50])  # damaged since
     job = ended(at.take_order(replace(ORDER, references=(kept,), seed=1)))
     assert len(job.problems) == 1 and "truncated" in job.problems[0] and job.names == [[None]]
@@ -226,7 +226,7 @@ def test_a_prompt_that_the_text_encoder_cuts_is_named_beside_its_picture(at):
 
 
 def test_settings_come_back_from_an_entry(at):
-    kept = tuple(at.cabinet.take_in(f"{k}.jpg", picture((k, 0, 0), kind="JPEG")) for k in (1, 200))
+    kept = tuple(at.files.take_in(f"{k}.jpg", picture((k, 0, 0), kind="JPEG")) for k in (1, 200))
     asked = replace(ORDER, references=kept, mix=0.25, seed=3, size="48x80", solver="euler", at=(STEP,), raw=True)
     ((name,),) = ended(at.take_order(asked)).names
     assert at.order_of(name) == (asked, [])
@@ -255,12 +255,12 @@ def test_settings_come_back_from_an_entry(at):
 def test_another_picture_of_the_same_name_has_another_address(at):
     at_album = album.Album(at.gallery)
     at_album.save("a b.png", Image.new("RGB", (32, 32)), {"seed": "0"})
-    before = at.cabinet.address("small", "a b.png")
-    assert before.startswith("/small/a%20b.png?v=") and before == at.cabinet.address("small", "a b.png")
+    before = at.files.address("small", "a b.png")
+    assert before.startswith("/small/a%20b.png?v=") and before == at.files.address("small", "a b.png")
     (at.gallery / "a b.png").unlink()
-    assert at.cabinet.address("small", "a b.png") == "/small/a%20b.png?v=0"
+    assert at.files.address("small", "a b.png") == "/small/a%20b.png?v=0"
     at_album.save("a b.png", Image.new("RGB", (32, 32), "red"), {"seed": "0"})
-    assert at.cabinet.address("small", "a b.png") not in (before, "/small/a%20b.png?v=0")
+    assert at.files.address("small", "a b.png") not in (before, "/small/a%20b.png?v=0")
 
 
 # The gallery's files and what people bring.
@@ -269,7 +269,7 @@ def test_another_picture_of_the_same_name_has_another_address(at):
 @pytest.mark.parametrize(
     "name, data, words",
     [
-        ("a.png", lambda: b"\0" * (cabinet.UPLOAD_BYTES + 1), "at most 40 MiB"),
+        ("a.png", lambda: b"\0" * (app_files.UPLOAD_BYTES + 1), "at most 40 MiB"),
         ("a.png", lambda: b"", "the file is empty"),
         ("a.png", lambda: b"hello", "not a picture in a format that can be read"),
         ("a.svg", lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "drawing of lines"),
@@ -280,24 +280,24 @@ def test_another_picture_of_the_same_name_has_another_address(at):
 )
 def test_what_is_no_usable_picture_is_refused_and_leaves_nothing(at, name, data, words):
     with pytest.raises(InputError, match=words):
-        at.cabinet.take_in(name, data())
+        at.files.take_in(name, data())
     assert not [*at.gallery.rglob("*.*")]
 
 
 def test_a_decoder_that_dies_takes_nobody_with_it(at, monkeypatch):
-    monkeypatch.setattr(cabinet, "UPLOAD_SECONDS", 1.0)
-    monkeypatch.setattr(cabinet, "UPLOAD_MEMORY", 64)
+    monkeypatch.setattr(app_files, "UPLOAD_SECONDS", 1.0)
+    monkeypatch.setattr(app_files, "UPLOAD_MEMORY", 64)
     with pytest.raises(InputError, match=r"decode_memory|died of it"):
-        at.cabinet.take_in("a.png", picture(size=(9_900, 9_900)))
-    assert at.cabinet.take_in("a.png", picture()).endswith(".png")
+        at.files.take_in("a.png", picture(size=(9_900, 9_900)))
+    assert at.files.take_in("a.png", picture()).endswith(".png")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a", "../../a.png", "a.p/../ng", ".png", "a." + "x" * 300, "a.é", "a.png\0"])
 def test_only_the_suffix_of_a_name_counts(at, name):
-    kept = at.cabinet.take_in(name, picture())
-    assert re.fullmatch(r"[0-9a-f]{16}(\.\w{1,5})?", kept) and kept == at.cabinet.take_in(name, picture())
+    kept = at.files.take_in(name, picture())
+    assert re.fullmatch(r"[0-9a-f]{16}(\.\w{1,5})?", kept) and kept == at.files.take_in(name, picture())
     assert [path.name for path in (at.gallery / "references").iterdir()] == [kept]
-    assert Image.open(io.BytesIO(at.cabinet.look(kept))).format == "JPEG"
+    assert Image.open(io.BytesIO(at.files.look(kept))).format == "JPEG"
 
 
 def test_only_pictures_of_the_gallery_are_given_out(at):
@@ -308,7 +308,7 @@ def test_only_pictures_of_the_gallery_are_given_out(at):
     (at.gallery / "sheet.png").write_bytes(picture())
     album.Album(at.gallery).save("grid-a.png", Image.new("RGB", (8, 8)), {"seed": "0", "guidance_text": "1,2"})
     album.Album(at.gallery).save("grid-of-streets-s0.png", Image.new("RGB", (32, 32)), {"seed": "0"})
-    assert at.cabinet.names(9) == ["grid-of-streets-s0.png"]
+    assert at.files.names(9) == ["grid-of-streets-s0.png"]
     for name in (
         "secret.txt",
         "../outside.png",
@@ -318,9 +318,9 @@ def test_only_pictures_of_the_gallery_are_given_out(at):
         "",
         "/etc/passwd",
     ):
-        assert at.cabinet.path(name) is None and at.cabinet.small(name) is None and at.cabinet.settings(name) == {}
-    assert at.cabinet.small("broken.png") is None
-    assert at.cabinet.small("grid-of-streets-s0.png")[:2] == b"\xff\xd8"
+        assert at.files.path(name) is None and at.files.small(name) is None and at.files.settings(name) == {}
+    assert at.files.small("broken.png") is None
+    assert at.files.small("grid-of-streets-s0.png")[:2] == b"\xff\xd8"
 
 
 # The server's edge, without the page.
@@ -405,19 +405,19 @@ def test_a_port_that_is_taken_and_an_address_that_is_not_ours_are_named():
 
 def test_what_is_just_still_possible_is_taken(at):
     for change in (
-        {"prompt": "x" * desk.LETTERS},
+        {"prompt": "x" * app_jobs.LETTERS},
         {"steps": 1},
-        {"steps": desk.STEPS},
+        {"steps": app_jobs.STEPS},
         {"mix": 0.0},
         {"mix": 1.0},
-        {"count": desk.PICTURES},
+        {"count": app_jobs.PICTURES},
         {"text": tuple(map(float, range(6))), "vision": tuple(map(float, range(6)))},
-        {"count": desk.PICTURES // 2, "at": (STEP, LATER)},
+        {"count": app_jobs.PICTURES // 2, "at": (STEP, LATER)},
         {"text": (100.0,), "vision": (-100.0,)},
     ):
         assert at._job(replace(ORDER, **change)).wishes
     with pytest.raises(InputError, match="more than 36 pictures"):
-        at._job(replace(ORDER, count=desk.PICTURES // 2 + 1, at=(STEP, LATER)))
+        at._job(replace(ORDER, count=app_jobs.PICTURES // 2 + 1, at=(STEP, LATER)))
     assert at._job(replace(ORDER, prompt="a\x7fkite")).wishes[0].prompt == "a kite"
 
 
@@ -428,10 +428,10 @@ def test_so_many_wait_and_no_more_and_what_is_in_hand_counts_as_cut_off(at, monk
     until = time.monotonic() + 30
     while at._in_hand is not first and time.monotonic() < until:
         time.sleep(0.01)
-    many = [at.take_order(ORDER) for _ in range(desk.WAITING)]
-    with pytest.raises(InputError, match=f"^{desk.WAITING} orders are waiting already"):
+    many = [at.take_order(ORDER) for _ in range(app_jobs.WAITING)]
+    with pytest.raises(InputError, match=f"^{app_jobs.WAITING} orders are waiting already"):
         at.take_order(ORDER)
-    assert at.ahead(many[0]) == 1 and at.ahead(many[-1]) == desk.WAITING and at.ahead(first) == 0
+    assert at.ahead(many[0]) == 1 and at.ahead(many[-1]) == app_jobs.WAITING and at.ahead(first) == 0
     for job in many:
         at.cancel(job)
         assert job.ended and job.phase == "Stopped before it was begun."
@@ -443,7 +443,7 @@ def test_so_many_wait_and_no_more_and_what_is_in_hand_counts_as_cut_off(at, monk
 
 
 class Drawing:
-    """A studio that draws the wishes of a plan one after the other, in four evaluations each."""
+    """A renderer that draws the wishes of a plan one after the other, in four evaluations each."""
 
     def __init__(self, step):
         self.run = SimpleNamespace(step=step)
@@ -466,7 +466,7 @@ def test_what_is_done_grows_over_pictures_and_checkpoints_to_the_whole(at, monke
     watched = property(
         lambda self: self.__dict__["done"], lambda self, value: (seen.append(value), self.__dict__.update(done=value))
     )
-    monkeypatch.setattr(desk.Job, "done", watched, raising=False)
+    monkeypatch.setattr(app_jobs.Job, "done", watched, raising=False)
     for number, step in enumerate((STEP, LATER)):
         at._draw_round(job, Drawing(step), plan, number, 2)
     assert seen == [k / 16 for k in range(1, 17)]
@@ -514,28 +514,28 @@ def test_what_the_page_cannot_do_again_is_said_of_each_setting(at):
 
 
 @pytest.fixture(scope="module")
-def easel():
+def app_page():
     """The module of the page; where NiceGUI is not installed, nothing stands in its place."""
-    spec = importlib.util.spec_from_file_location("easel_alone", ROOT / "jaxdit" / "easel.py")
+    spec = importlib.util.spec_from_file_location("page_alone", ROOT / "jaxdit" / "app_page.py")
     module = importlib.util.module_from_spec(spec)
     with mock.patch.dict(sys.modules, {"nicegui": mock.MagicMock()}):
         spec.loader.exec_module(module)
     return module
 
 
-def test_a_shape_is_named_by_the_nearest_aspect(easel):
-    assert easel._shape("832x1216") == "about 2:3 · 832 × 1216"
-    assert easel._shape("1216x832") == "about 3:2 · 1216 × 832"
-    assert easel._shape("512x512") == "1:1 · 512 × 512"
-    assert easel._shape("768x1024") == "3:4 · 768 × 1024" and easel._shape("1024x768") == "4:3 · 1024 × 768"
-    assert easel._shape("1344x768") == "about 16:9 · 1344 × 768"
+def test_a_shape_is_named_by_the_nearest_aspect(app_page):
+    assert app_page._shape("832x1216") == "about 2:3 · 832 × 1216"
+    assert app_page._shape("1216x832") == "about 3:2 · 1216 × 832"
+    assert app_page._shape("512x512") == "1:1 · 512 × 512"
+    assert app_page._shape("768x1024") == "3:4 · 768 × 1024" and app_page._shape("1024x768") == "4:3 · 1024 × 768"
+    assert app_page._shape("1344x768") == "about 16:9 · 1344 × 768"
 
 
-def test_numbers_that_people_write_are_read_or_refused(easel):
+def test_numbers_that_people_write_are_read_or_refused(app_page):
     def box(value):
         return SimpleNamespace(value=value, props={"label": "Weights"})
 
-    assert easel._weights(box("1, 1.5; 3,1,")) == (1.0, 1.5, 3.0)
+    assert app_page._weights(box("1, 1.5; 3,1,")) == (1.0, 1.5, 3.0)
     for words, why in (
         ("1, many", "'1, many' is not numbers"),
         ("", "are wanted"),
@@ -543,31 +543,31 @@ def test_numbers_that_people_write_are_read_or_refused(easel):
         ("1, nan", "are wanted"),
     ):
         with pytest.raises(InputError, match=f"^Weights: .*{why}"):
-            easel._weights(box(words))
-    assert easel._whole(box(12.0)) == 12
+            app_page._weights(box(words))
+    assert app_page._whole(box(12.0)) == 12
     for value in (None, 1.5, float("inf"), float("nan")):
         with pytest.raises(InputError, match="a whole number is wanted"):
-            easel._whole(box(value))
+            app_page._whole(box(value))
 
 
-def test_checkpoints_to_compare_are_spread_over_the_run(easel):
+def test_checkpoints_to_compare_are_spread_over_the_run(app_page):
     def spread(*saved):
-        page = easel.Easel.__new__(easel.Easel)
-        page.desk = SimpleNamespace(steps=lambda raw: list(saved))
+        page = app_page.AppPage.__new__(app_page.AppPage)
+        page.jobs = SimpleNamespace(steps=lambda raw: list(saved))
         return page._spread()
 
     assert spread() == [] and spread(5) == [5] and spread(5, 10) == [5, 10]
     assert spread(*range(10, 110, 10)) == [10, 30, 50, 80, 100]
 
 
-def page_of(easel, at, /, **values):
+def page_of(app_page, at, /, **values):
     """A page whose fields have these values, and whose other elements are nothing."""
     usual = {
         "compare": "one", "at": [LATER, STEP], "step": LATER, "prompt": None, "mix": 0.3, "size": "64x64", "text": 2, "vision": 3,
         "seed": 7.0, "count": 4, "steps": 9.0, "solver": "euler", "raw": False, "texts": "1, 2", "visions": "3",
     }  # fmt: skip
-    page = easel.Easel.__new__(easel.Easel)
-    page.desk, page.references, page.job, page.changes, page.seen = at, ["a.png"], None, 0, None
+    page = app_page.AppPage.__new__(app_page.AppPage)
+    page.jobs, page.references, page.job, page.changes, page.seen = at, ["a.png"], None, 0, None
     for name, value in (usual | values).items():
         setattr(page, name, SimpleNamespace(value=value, props={"label": name}))
     for name in ("button", "stop", "bar", "status", "problems", "pinned", "result", "gallery", "more", "runs"):
@@ -575,21 +575,21 @@ def page_of(easel, at, /, **values):
     return page
 
 
-def test_an_order_is_what_the_page_shows(easel, at):
-    one = desk.Order("", ("a.png",), 0.3, "64x64", (2.0,), (3.0,), 7, 4, 9, "euler", (LATER,), False)
-    assert page_of(easel, at)._order() == one
+def test_an_order_is_what_the_page_shows(app_page, at):
+    one = app_jobs.Order("", ("a.png",), 0.3, "64x64", (2.0,), (3.0,), 7, 4, 9, "euler", (LATER,), False)
+    assert page_of(app_page, at)._order() == one
     weights = replace(one, text=(1.0, 2.0), vision=(3.0,), count=1)
-    assert page_of(easel, at, compare="weights")._order() == weights
-    assert page_of(easel, at, compare="time")._order() == replace(one, at=(STEP, LATER))
-    assert page_of(easel, at, compare="time", step=None, raw=True)._order().at == (STEP, LATER)
+    assert page_of(app_page, at, compare="weights")._order() == weights
+    assert page_of(app_page, at, compare="time")._order() == replace(one, at=(STEP, LATER))
+    assert page_of(app_page, at, compare="time", step=None, raw=True)._order().at == (STEP, LATER)
     with pytest.raises(InputError, match="at least two checkpoints"):
-        page_of(easel, at, compare="time", at=[STEP])._order()
+        page_of(app_page, at, compare="time", at=[STEP])._order()
     with pytest.raises(InputError, match="This run keeps no raw weights"):
-        page_of(easel, at, step=None, raw=True)._order()
+        page_of(app_page, at, step=None, raw=True)._order()
 
 
-def test_who_waits_is_told_how_many_are_before_them_and_then_what_is_done(easel, at, monkeypatch):
-    page = page_of(easel, at)
+def test_who_waits_is_told_how_many_are_before_them_and_then_what_is_done(app_page, at, monkeypatch):
+    page = page_of(app_page, at)
     page.job = at._job(ORDER)
     page._show, page._fill_gallery = mock.MagicMock(), mock.MagicMock()
     for ahead, words in (

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.all
 pytest.importorskip("nicegui", reason="NiceGUI is not installed (requirements-app.txt)")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (requirements-browser.txt)")
 
-from jaxdit import album, app, cabinet  # noqa: E402
+from jaxdit import album, app, app_files  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -263,7 +263,7 @@ def test_what_is_too_large_or_no_picture_is_refused_in_a_sentence(visit, server,
         page.get_by_text(words).wait_for()
 
     with open(tmp_path / "large.png", "wb") as large:
-        large.truncate(cabinet.UPLOAD_BYTES + 1)
+        large.truncate(app_files.UPLOAD_BYTES + 1)
     page.set_input_files("input[type=file]", tmp_path / "large.png")
     page.get_by_text("That file is too large: at most 40 MiB.").wait_for()
     bring("wide.png", huge(), "too many pixels: 50000 x 50000")

@@ -29,7 +29,7 @@ from tiny_run import ROOT, WIDTHS, assert_same, command, curve, tiny, weights
 
 from encode import records
 from encode.records import InputError
-from jaxdit import attention, checkpoint, data, flow, metrics, model, optim, order, teller, train, trained, update
+from jaxdit import attention, checkpoint, data, flow, metrics, model, optim, order, progress, train, trained, update
 from tests.jaxdit.test_model import inputs, trained_like
 
 FLOW = {"mean": 0.0, "std": 1.0, "shift": 1.0, "drop_both": 0.1, "drop_text": 0.1, "drop_vision": 0.1}
@@ -596,7 +596,7 @@ def test_one_nan_voids_its_whole_update_and_ten_in_a_row_end_the_run_with_sound_
     monkeypatch.setattr(data, "training_batches", poisoned)
     config = tiny(path, **{"train.batch_size": 8, "train.total_steps": 40, "checkpoint.every": 1})
     with pytest.raises(
-        teller.TrainingStopped, match=r"10 updates in a row up to step 18 .* good checkpoint is step 12 in"
+        progress.TrainingStopped, match=r"10 updates in a row up to step 18 .* good checkpoint is step 12 in"
     ):
         train.train(config, tmp_path / "run")
     rows = {row["step"]: row for row in metrics.read(tmp_path / "run")}

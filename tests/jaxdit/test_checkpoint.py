@@ -13,7 +13,7 @@ import pytest
 
 from encode import records
 from encode.records import InputError
-from jaxdit import checkpoint, fits, seal
+from jaxdit import checkpoint, saved_shapes, seal
 
 ROOT = Path(__file__).parents[2]
 
@@ -370,16 +370,16 @@ def test_another_model_is_told_by_its_names_shapes_and_dtypes(tmp_path):
     save_all(tmp_path, [10]).close()
     state, average = state_of(0.0)
     folder = tmp_path / "checkpoints" / "10"
-    fits.check(folder / "ema", average)
-    fits.check(folder / "state", {"params": state["params"]}, whole=False)  # the moments are not asked for
+    saved_shapes.check(folder / "ema", average)
+    saved_shapes.check(folder / "state", {"params": state["params"]}, whole=False)  # the moments are not asked for
     half = {"blocks": {"kernel": average["blocks"]["kernel"].astype(jnp.bfloat16)}}
     with pytest.raises(
         InputError, match=r"blocks.kernel has shape \[3, 4\] \(float32\).*asks for \[3, 4\] \(bfloat16\)"
     ):
-        fits.check(folder / "ema", half)
+        saved_shapes.check(folder / "ema", half)
     with pytest.raises(InputError, match=r"the array blocks\.bias is missing"):
-        fits.check(folder / "ema", {"blocks": average["blocks"] | {"bias": jnp.zeros(4)}})
+        saved_shapes.check(folder / "ema", {"blocks": average["blocks"] | {"bias": jnp.zeros(4)}})
     with pytest.raises(InputError, match=r"the array blocks\.kernel is one too many"):
-        fits.check(folder / "ema", {"blocks": {}, "other": jnp.zeros(4)})
+        saved_shapes.check(folder / "ema", {"blocks": {}, "other": jnp.zeros(4)})
     with pytest.raises(InputError, match=r"the array params\.blocks\.kernel is one too many"):
-        fits.check(folder / "state", {"params": {"other": jnp.zeros(4)}}, whole=False)
+        saved_shapes.check(folder / "state", {"params": {"other": jnp.zeros(4)}}, whole=False)

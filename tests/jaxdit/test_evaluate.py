@@ -20,7 +20,7 @@ from tiny_run import tiny
 from bench import gate_power
 from encode import encoders
 from encode.records import InputError, write_json
-from jaxdit import checkpoint, data, evaluate, exam, exhibits, judge, model, quality, quality_page, train, trained
+from jaxdit import checkpoint, data, evaluate, exam, judge, judged_images, model, quality, quality_page, train, trained
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,7 +162,7 @@ def test_training_images_given_out_as_samples_are_named_as_learnt_by_heart(workd
     dataset = data.Dataset(run.config["data"]["path"], holdout_fraction=0.4)
     vae = encoders.load_vae(dataset.info["encoders"]["vae"])
     paper = exam.prepare(
-        run, dataset, tmp_path, images=12, vae=vae, vision=exhibits.load_vision(dataset), clip=None
+        run, dataset, tmp_path, images=12, vae=vae, vision=judged_images.load_vision(dataset), clip=None
     )  # fmt: skip
     (bucket,) = dataset.buckets
     stolen = [row["latent_flip"].astype(np.float32) for row in dataset.records(bucket, dataset.train[bucket])]
@@ -226,23 +226,23 @@ def test_padding_is_not_looked_at():
     pixels = np.arange(32 * 48 * 3, dtype=np.uint8).reshape(32, 48, 3)
     mask = np.zeros((4, 6), np.uint8)
     mask[1:3, 1:6] = 1
-    np.testing.assert_array_equal(exhibits.whole(pixels, {"mask": mask}), pixels[8:24, 8:48])
-    np.testing.assert_array_equal(exhibits.whole(pixels, {"mask": mask[:0, :0]}), pixels)
+    np.testing.assert_array_equal(judged_images.whole(pixels, {"mask": mask}), pixels[8:24, 8:48])
+    np.testing.assert_array_equal(judged_images.whole(pixels, {"mask": mask[:0, :0]}), pixels)
 
 
 def test_what_is_known_of_training_images_is_read_once_and_exact(workdir, tmp_path):
     run = trained.load(workdir)
     dataset = data.Dataset(run.config["data"]["path"], holdout_fraction=0.4)
-    known = exhibits.know(dataset, run, dataset.train, tmp_path / "training", 2, "training")
+    known = judged_images.know(dataset, run, dataset.train, tmp_path / "training", 2, "training")
     (bucket,) = dataset.buckets
     assert [row for _, row in known.places] == dataset.train[bucket].tolist()
     record = dataset.records(bucket, dataset.train[bucket][3:4])[0]
     np.testing.assert_array_equal(known.vectors[3], np.stack([record["vision"], record["vision_flip"]]))
-    flipped = exhibits.normalised(record["latent_flip"].astype(np.float32)[None], run)
+    flipped = judged_images.normalised(record["latent_flip"].astype(np.float32)[None], run)
     np.testing.assert_array_equal(known.latents[3, 1], quality.thumbnails(flipped)[0])
     assert known.hashes[3] == record["pixel_hash"]
     with mock.patch.object(dataset, "records", side_effect=AssertionError("read again")):
-        exhibits.know(dataset, run, dataset.train, tmp_path / "training", 2, "training")
+        judged_images.know(dataset, run, dataset.train, tmp_path / "training", 2, "training")
 
 
 def paper_of(count, **changes):
@@ -253,7 +253,9 @@ def paper_of(count, **changes):
         for k in range(count)
     ]  # fmt: skip
     known = [
-        exhibits.Known(random.standard_normal((n, 1, 4)), np.zeros((n, 1, 3)), None, [("64x96", k) for k in range(n)])
+        judged_images.Known(
+            random.standard_normal((n, 1, 4)), np.zeros((n, 1, 3)), None, [("64x96", k) for k in range(n)]
+        )
         for n in (26, 40)
     ]
     usual = {
@@ -273,7 +275,7 @@ def test_what_real_images_score_is_of_two_halves_and_of_as_many_training_images(
     assert found["halves"] == quality.compare(real[::2], real[1::2]) and found["apart"] == quality.apart(real)
     assert found["training"] == quality.compare(real, training[::2])
     assert "training" not in exam._usual(paper_of(20, held_out=False))
-    few = exhibits.Known(np.zeros((exam.FEWEST - 1, 1, 4)), None, None, [])
+    few = judged_images.Known(np.zeros((exam.FEWEST - 1, 1, 4)), None, None, [])
     assert exam._usual(paper_of(20, reference=few)) == {}
     assert exam._compared(paper, exam.Seen([], real[: exam.FEWEST], None, None)) is not None
     assert exam._compared(paper, exam.Seen([], real[: exam.FEWEST - 1], None, None)) is None
@@ -392,7 +394,9 @@ def test_the_pictures_nearest_to_training_images_are_shown_first_each_with_its_m
 
     paper.dataset = SimpleNamespace(records=records)
     paper.vae = SimpleNamespace(decode=lambda latents: np.full((1, 32, 32, 3), latents.max(), np.uint8))
-    paper.training = exhibits.Known(None, np.zeros((40, 2, 3)) + np.array([[0.0], [1.0]]), None, paper.training.places)
+    paper.training = judged_images.Known(
+        None, np.zeros((40, 2, 3)) + np.array([[0.0], [1.0]]), None, paper.training.places
+    )
     seen = {"own": SimpleNamespace(pixels=list(range(9)), thumbnails=np.arange(9)[:, None] % 2 * np.ones(3))}
     strips = exam._pairs(paper, seen, {"own": {"latents": (distances, places)}})
     closest = np.argsort(quality.closeness(distances))[: exam.PAIRS]

@@ -16,7 +16,7 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
 from encode.records import InputError
-from jaxdit import boards, metrics
+from jaxdit import metrics, trackers
 
 ROOT = Path(__file__).parents[2]
 
@@ -317,7 +317,7 @@ def test_no_failure_of_weights_and_biases_stops_a_run(wandb, tmp_path, monkeypat
 def test_an_upload_that_hangs_does_not_hold_the_end(wandb, tmp_path, monkeypatch):
     log = metrics.Metrics(tmp_path, 0, wandb="photos")
     monkeypatch.setattr(sys.modules["wandb"].Run, "finish", lambda self: time.sleep(60))
-    monkeypatch.setattr(boards, "FINISH_SECONDS", -4.8)
+    monkeypatch.setattr(trackers, "FINISH_SECONDS", -4.8)
     began = time.monotonic()
     log.close()
     assert time.monotonic() - began < 5

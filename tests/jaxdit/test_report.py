@@ -17,7 +17,7 @@ from PIL import Image
 from work import calls
 
 from encode.records import InputError
-from jaxdit import gallery, health, page, report, seal, standing
+from jaxdit import facts, health, page, report, report_pictures, seal
 
 ROOT = Path(__file__).parents[2]
 EVIL = '<img src=x onerror=alert(1)> & "q" \u202eleft \ud800'
@@ -171,7 +171,7 @@ def test_a_months_page_is_safe_small_and_quick(long):
 
 def test_the_headline_says_where_the_run_stands(long):
     workdir, html, _ = long
-    run = standing.look(workdir)
+    run = facts.look(workdir)
     left = (TOTAL - 800_000) * BATCH / RATE
     assert run.left == pytest.approx(left) and run.rate == pytest.approx(RATE)
     said = words(html)
@@ -211,14 +211,14 @@ def test_health_checkpoints_changes_and_origin_are_told(long):
 def test_previews_are_a_grid_that_leads_to_the_full_pictures(long):
     workdir, html, _ = long
     tags = Balanced(html).tags
-    assert sum(tag == "img" for tag, _ in tags) == 3 + 3 * gallery.SHOWN
+    assert sum(tag == "img" for tag, _ in tags) == 3 + 3 * report_pictures.SHOWN
     links = [attributes["href"] for tag, attributes in tags if tag == "a"]
     assert len(links) == 27 and all((workdir / link).is_file() for link in links)
     assert links[0] == "previews/800000/00.png" and links[3] == "previews/50000/00.png" and links[-1] == links[2]
     assert "Not shown: 8 more steps" in words(html)
     small = list((workdir / "previews" / ".small").iterdir())
     sides = sorted({max(Image.open(path).size) for path in small})
-    assert sides == [gallery.OLD, gallery.NEWEST] and len(small) == 27
+    assert sides == [report_pictures.OLD, report_pictures.NEWEST] and len(small) == 27
     before = {path: path.stat().st_mtime_ns for path in small}
     assert report.write(workdir).read_text() and before == {path: path.stat().st_mtime_ns for path in small}
 
@@ -298,13 +298,13 @@ def test_spans_show_the_worst_of_each_place(tmp_path):
     rows = [{"step": k, "loss": 1.0, "health": "sound"} for k in range(1, 1001)]
     rows[500]["health"] = "diverged"
     rows[501]["health"] = "spike"
-    spans = standing.look(folder(tmp_path / "run", rows)).spans(health.VERDICTS, columns=10)
+    spans = facts.look(folder(tmp_path / "run", rows)).spans(health.VERDICTS, columns=10)
     assert spans == [(0.0, 500.0, "good"), (500.0, 600.0, "act"), (600.0, 1000.0, "good")]
 
 
 def test_steps_of_previews_are_even_with_the_first_and_the_newest():
-    assert gallery.evenly([5, 10, 15], 8) == [5, 10, 15]
-    chosen = gallery.evenly([*range(10), 100, 500, *range(1000, 2001, 50)], 8)
+    assert report_pictures.evenly([5, 10, 15], 8) == [5, 10, 15]
+    chosen = report_pictures.evenly([*range(10), 100, 500, *range(1000, 2001, 50)], 8)
     assert chosen[0] == 0 and chosen[-1] == 2000 and len(chosen) <= 8 and 500 in chosen
     assert max(np.diff(chosen)) <= 600
 
@@ -377,7 +377,7 @@ def test_the_gate_is_taken_in_and_a_large_one_is_led_to(tmp_path):
     (workdir / "gate" / "gate.json").write_text('{"verdict": "pass"}')
     html = safe(report.write(workdir).read_text())
     assert body in html and html.count("<h1>") == 1 and "a&lt;b" in html
-    (workdir / "gate" / "gate.html").write_text(page.page("The gate", body + "x" * gallery.LARGE))
+    (workdir / "gate" / "gate.html").write_text(page.page("The gate", body + "x" * report_pictures.LARGE))
     out = tmp_path / "elsewhere" / "page.html"
     html = safe(report.write(workdir, out=out).read_text())
     assert 'href="../run/gate/gate.html"' in html and '<p class="verdict pass">pass</p>' in html and len(html) < 30_000
@@ -414,16 +414,16 @@ def test_the_command_writes_the_page_with_samples_and_the_encoded_data(tmp_path)
 
 def test_the_images_are_those_that_are_not_held_out_or_what_the_passes_say(tmp_path):
     row = {"step": 10, "loss": 1.0, "samples_seen": 9_000}
-    run = standing.look(folder(tmp_path / "a", [row], data={"path": "", "holdout_fraction": 0.25}))
+    run = facts.look(folder(tmp_path / "a", [row], data={"path": "", "holdout_fraction": 0.25}))
     assert run.images == 75_000 and run.passes == pytest.approx(9_000 / 75_000)
-    run = standing.look(folder(tmp_path / "b", [row | {"passes": 2.0}]))
+    run = facts.look(folder(tmp_path / "b", [row | {"passes": 2.0}]))
     assert run.images == 4_500
 
 
 def test_what_a_leg_lost_is_no_part_of_the_pace(tmp_path):
     rows = [{"step": k, "loss": 1.0, "seconds": 10.0 * k, "seconds_before": 0.0} for k in range(1, 21)]
     rows += [{"step": k, "loss": 1.0, "seconds": 10.0 * k + 5_000, "seconds_before": 5_200.0} for k in range(21, 41)]
-    run = standing.look(folder(tmp_path / "run", rows, train={"total_steps": 100, "batch_size": 4}))
+    run = facts.look(folder(tmp_path / "run", rows, train={"total_steps": 100, "batch_size": 4}))
     assert run.rate == pytest.approx(4 / 10)
 
 
@@ -433,20 +433,20 @@ def test_a_run_of_slow_rows_is_not_stale_before_ten_of_them(tmp_path):
     for minutes, stale in ((31, False), (99, False), (101, True)):
         then = time.time() - 60 * minutes
         os.utime(workdir / "metrics.jsonl", (then, then))
-        assert standing.look(workdir).stale == stale
+        assert facts.look(workdir).stale == stale
 
 
 def test_a_voided_update_among_others_of_its_row_is_counted_with_its_step(tmp_path):
     rows = [{"step": k, "loss": 1.0, "voided_in_row": int(k == 3)} for k in range(1, 6)]
     rows[3]["loss"] = None
-    assert standing.look(folder(tmp_path / "run", rows)).voided_steps.tolist() == [3, 4]
+    assert facts.look(folder(tmp_path / "run", rows)).voided_steps.tolist() == [3, 4]
 
 
 def test_one_can_go_on_only_from_a_step_with_its_place_in_the_data(tmp_path):
     workdir = folder(tmp_path / "run", [{"step": 40, "loss": 1.0}])
     for step, items in ((10, ("ema", "state", "data")), (20, ("ema", "state")), (30, ("ema", "data")), (40, ("ema",))):
         checkpoint(workdir, step, *items)
-    assert standing.look(workdir).resumable == [10]
+    assert facts.look(workdir).resumable == [10]
 
 
 def test_the_advice_names_a_step_that_can_be_gone_back_to(tmp_path):
@@ -456,16 +456,16 @@ def test_the_advice_names_a_step_that_can_be_gone_back_to(tmp_path):
     workdir = folder(tmp_path / "run", rows)
     checkpoint(workdir, 200, "ema", "state", "data")
     checkpoint(workdir, 300, "ema")
-    assert "--config.train.restore=WORKDIR@200" in standing.look(workdir).verdict.words
+    assert "--config.train.restore=WORKDIR@200" in facts.look(workdir).verdict.words
 
 
 def test_the_pace_is_that_of_the_last_rows_and_a_run_beyond_its_end_has_nothing_left(tmp_path):
     seconds = np.cumsum([100.0] * 300 + [1.0, 3.0] * 100)
     rows = [{"step": k, "loss": 1.0, "seconds": s} for k, s in enumerate(seconds.tolist(), 1)]
     rows[-5]["seconds"] = None
-    run = standing.look(folder(tmp_path / "run", rows, train={"total_steps": 600, "batch_size": 4}))
+    run = facts.look(folder(tmp_path / "run", rows, train={"total_steps": 600, "batch_size": 4}))
     assert run.rate == pytest.approx(4 / 2, rel=0.02) and run.left == pytest.approx(100 * 4 / run.rate)
-    run = standing.look(folder(tmp_path / "run", rows, train={"total_steps": 400, "batch_size": 4}))
+    run = facts.look(folder(tmp_path / "run", rows, train={"total_steps": 400, "batch_size": 4}))
     assert run.done and run.left == 0
 
 
@@ -476,23 +476,23 @@ def test_quick_rows_do_not_make_a_run_stale_before_half_an_hour_and_one_pause_do
     for minutes, stale in ((29, False), (31, True)):
         then = time.time() - 60 * minutes
         os.utime(workdir / "metrics.jsonl", (then, then))
-        assert standing.look(workdir).stale == stale
+        assert facts.look(workdir).stale == stale
 
 
 def test_the_losses_are_means_of_the_newest_rows_and_the_average_with_all_conditions(tmp_path):
     rows = [{"step": k, "loss": 5.0 if k <= 50 else k % 2} for k in range(1, 101)]
     rows[-1] |= {"held_out_loss": 0.9, "eval/held_out/ema/text_vision": 0.7, "voided": 4, "voided_in_row": 1}
-    run = standing.look(folder(tmp_path / "run", rows))
+    run = facts.look(folder(tmp_path / "run", rows))
     assert run.loss == pytest.approx(0.5) and run.held_out == 0.7 and run.voided == 4
 
 
 def test_more_verdicts_than_places_each_have_one_to_the_end(tmp_path):
     rows = [{"step": k, "loss": 1.0, "health": "sound"} for k in range(1, 8)]
     rows[-1]["health"] = "diverged"
-    run = standing.look(folder(tmp_path / "run", rows))
+    run = facts.look(folder(tmp_path / "run", rows))
     assert run.spans(health.VERDICTS, columns=2) == [(0.0, 3.5, "good"), (3.5, 7.0, "act")]
     rows[2]["health"] = "spike"
-    run = standing.look(folder(tmp_path / "run", rows))
+    run = facts.look(folder(tmp_path / "run", rows))
     assert [level for *_, level in run.spans(health.VERDICTS, columns=70)] == [
         "unknown",
         "good",
@@ -506,10 +506,10 @@ def test_rows_that_say_nothing_of_health_are_judged_now(tmp_path):
     rows = [{"step": k, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4} for k in range(1, 400)]
     for row in rows[-40:]:
         row["grad_norm"] = 300.0
-    verdict = standing.look(folder(tmp_path / "run", rows)).verdict
+    verdict = facts.look(folder(tmp_path / "run", rows)).verdict
     assert verdict == health.judge(rows) and verdict.level == "act"
     rows[-1]["health"] = "young"  # of the trainer, without words of now
-    verdict = standing.look(folder(tmp_path / "run", rows)).verdict
+    verdict = facts.look(folder(tmp_path / "run", rows)).verdict
     assert (verdict.name, verdict.level) == ("young", health.VERDICTS["young"])
 
 
@@ -518,18 +518,18 @@ def test_checkpoints_ascend_and_what_was_never_finished_is_none(tmp_path):
     for step in (100, 9, 20):
         checkpoint(workdir, step, "ema")
     checkpoint(workdir, 110, "state", "data")
-    assert [saved.step for saved in standing.look(workdir).saved] == [9, 20, 100]
+    assert [saved.step for saved in facts.look(workdir).saved] == [9, 20, 100]
 
 
 def test_a_folder_without_rows_is_as_new_as_the_look_and_damaged_lines_are_counted(tmp_path):
     workdir = folder(tmp_path / "run", train={"total_steps": True, "batch_size": 4})
     (workdir / "config_history.jsonl").write_text('{"field": "a"}\n[1]\n{\n{"field": "b"}\n')
-    run = standing.look(workdir)
+    run = facts.look(workdir)
     assert run.as_of == run.now and run.total == 0 and not run.stale
     assert [row["field"] for row in run.changes] == ["a", "b"]
     assert run.problems == ["config_history.jsonl has 2 lines that cannot be read."]
     (workdir / "origin.json").write_text("[1]")
-    assert standing.look(workdir).origin == {}
+    assert facts.look(workdir).origin == {}
 
 
 def test_a_checkpoint_is_as_old_as_its_seal_says_though_its_folder_is_a_copy(tmp_path):
@@ -545,12 +545,12 @@ def test_a_checkpoint_is_as_old_as_its_seal_says_though_its_folder_is_a_copy(tmp
     ):
         (step / seal.NAME).write_text(json.dumps({"saved": said, "files": None}))
         os.utime(step, (2_000.0, 2_000.0))
-        (saved,) = standing.look(tmp_path).saved
+        (saved,) = facts.look(tmp_path).saved
         assert saved.at == datetime.fromtimestamp(at)
     seal.verify(step, ["ema"])  # what says nothing of files holds none to account
 
 
 def test_a_place_that_a_trouble_fills_in_part_shows_it(tmp_path):
     rows = [{"step": k, "loss": 1.0, "health": "diverged" if k <= 5 else "sound"} for k in range(1, 11)]
-    spans = standing.look(folder(tmp_path / "run", rows)).spans(health.VERDICTS, columns=4)
+    spans = facts.look(folder(tmp_path / "run", rows)).spans(health.VERDICTS, columns=4)
     assert spans == [(0.0, 7.5, "act"), (7.5, 10.0, "good")]  # from 5 to 7.5 it was there until 6

@@ -11,7 +11,7 @@ from tiny_run import assert_same, curve, run, tiny, weights
 
 from encode import records
 from encode.records import InputError
-from jaxdit import checkpoint, metrics, standing, train
+from jaxdit import checkpoint, facts, metrics, train
 
 
 @pytest.mark.parametrize("kind", ["ema", "raw"])
@@ -102,7 +102,7 @@ def test_what_was_paid_for_is_known_without_its_rows_and_the_pace_is_of_what_sta
         rows[number] |= {"seconds": before + number}  # a second an update of 4
     earlier = [{"step": step, "seconds": step - 20.0, "seconds_before": 0.0} for step in range(10, 21)]
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*earlier, *rows]))
-    assert standing.look(tmp_path / "run").rate == pytest.approx(4.0)
+    assert facts.look(tmp_path / "run").rate == pytest.approx(4.0)
 
 
 def test_a_shard_of_nothing_is_no_other_data_set(path, undisturbed, tmp_path):

@@ -23,7 +23,20 @@ from tiny_run import ROOT, WIDTHS, assert_same, command, curve, tiny, weights, w
 
 from configs import full, nano, quickstart
 from encode.records import InputError, only_one
-from jaxdit import checkpoint, data, exhibits, mesh, metrics, model, optim, teller, train, trained, update, workdir
+from jaxdit import (
+    checkpoint,
+    data,
+    judged_images,
+    mesh,
+    metrics,
+    model,
+    optim,
+    progress,
+    train,
+    trained,
+    update,
+    workdir,
+)
 
 
 def test_resume_is_bit_identical_after_sigkill_at_random_points(path, undisturbed, tmp_path):
@@ -50,14 +63,14 @@ def test_resume_is_bit_identical_after_sigkill_at_random_points(path, undisturbe
 
 def stop_after_telling(patch, step):
     """SIGTERM once that step has been told, which is when the next has begun."""
-    tell = train.Teller.tell
+    tell = train.Progress.tell
 
     def stop(self, values):
         tell(self, values)
         if values["step"] == step:
             signal.raise_signal(signal.SIGTERM)
 
-    patch.setattr(train.Teller, "tell", stop)
+    patch.setattr(train.Progress, "tell", stop)
 
 
 def test_twenty_steps_and_twenty_more_are_forty(path, tmp_path, monkeypatch):
@@ -185,7 +198,7 @@ def test_loss_falls_and_every_step_is_logged_once(undisturbed):
 
 
 def test_a_slow_run_speaks_between_its_logged_steps(path, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(teller, "SAY_EVERY", 0.0)
+    monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
     with caplog.at_level("INFO"):
         train.train(tiny(path, **{"train.log_every": 10}), tmp_path / "run")
     assert sum(line.startswith("step ") for line in caplog.messages) == 20
@@ -301,7 +314,9 @@ def test_normalisation_of_a_run_on_grown_data_is_that_of_the_start(tmp_path):
     raw = dataset.read("64x64", np.array([0]), np.array([False]))["latent"]
     assert abs(before.mean()) < 0.5 and abs(raw.mean() - 3) < 0.5
     as_of_run = {"latent_mean": [1.0] * 16, "latent_std": [2.0] * 16}
-    judged = exhibits.open_data(tiny(root).to_dict(), as_of_run, None).read("64x64", np.array([0]), np.array([False]))
+    judged = judged_images.open_data(tiny(root).to_dict(), as_of_run, None).read(
+        "64x64", np.array([0]), np.array([False])
+    )
     np.testing.assert_allclose(judged["latent"], (raw - 1) / 2, rtol=1e-6)
 
 
@@ -429,7 +444,7 @@ def test_a_run_of_poison_stops_and_names_the_last_good_checkpoint(tmp_path):
     dataset["latent_std"] = [0.0] * 16  # every normalised latent is infinite
     (tmp_path / "64" / "dataset.json").write_text(json.dumps(dataset))
     assert written
-    with pytest.raises(teller.TrainingStopped, match=r"10 updates in a row up to step 1\d .*none in"):
+    with pytest.raises(progress.TrainingStopped, match=r"10 updates in a row up to step 1\d .*none in"):
         train.train(tiny(tmp_path / "64", **{"train.total_steps": 40, "checkpoint.every": 1000}), tmp_path / "run")
     assert metrics.read(tmp_path / "run")[-1]["loss"] is None
 

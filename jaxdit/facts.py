@@ -31,7 +31,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Standing:
+class Facts:
     """One working folder at one moment.
 
     config, dataset, origin: contents of the JSON files, {} where there is none. columns: metrics.jsonl. changes: rows of
@@ -153,7 +153,7 @@ class Standing:
         ]
 
 
-def look(workdir: Path) -> Standing:
+def look(workdir: Path) -> Facts:
     """Read a working folder; nothing in it makes this fail."""
     problems: list[str] = []
     config, dataset, origin = (
@@ -164,7 +164,7 @@ def look(workdir: Path) -> Standing:
     path = workdir / "metrics.jsonl"
     now = datetime.now()
     as_of = datetime.fromtimestamp(path.stat().st_mtime) if path.exists() else now
-    return Standing(
+    return Facts(
         workdir, config, dataset, origin, columns, _lines(workdir / "config_history.jsonl", problems), saved,
         _verdict(columns, config, saved), problems, as_of, now,
     )  # fmt: skip

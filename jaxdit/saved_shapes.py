@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from encode.records import InputError
-from jaxdit.quiet import first_line
+from jaxdit.orbax_log import first_line
 
 
 def check(folder: Path, target: Any, *, whole: bool = True) -> None:

@@ -1,8 +1,8 @@
 """What can be told of one shard by reading it: every record, field by field, and what the shard adds up to.
 
-Pure checks of records and the reading of one file; who is to blame where files disagree is decided in diagnosis.py. ArrayRecord
-keeps a hash of every record, so bytes that changed on the disk are found by reading; records that were written wrong are
-found because they contradict the contract, the plan or each other.
+Pure checks of records and the reading of one file; which file is wrong where several disagree is decided in dataset_check.py.
+ArrayRecord keeps a hash of every record, so bytes that changed on the disk are found by reading; records that were written
+wrong are found because they contradict the contract, the plan or each other.
 """
 
 from __future__ import annotations

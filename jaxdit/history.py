@@ -21,7 +21,7 @@ FIRST = 50  # rows at the start of the view that say how large the targets are
 EVALUATIONS = ("eval/held_out/ema/text_vision", "eval/training/ema/text_vision", "eval/held_out/raw/text_vision")
 
 
-class Past:
+class History:
     """Rows up to now, or up to `back` rows before now. step, loss and norm are [n], without the voided updates.
 
     Attributes:
@@ -56,9 +56,9 @@ class Past:
         self.norm = np.log(np.maximum(norm[self.moved], 1e-30))
         self._read: dict[Any, Any] = {}  # shared by all views
 
-    def before(self, lag: int) -> Past:
+    def before(self, lag: int) -> History:
         """The same, `lag` rows ago."""
-        other = object.__new__(Past)
+        other = object.__new__(History)
         other.window, other.spike, other.patience = self.window, self.spike, self.patience
         other._rows, other._read, other.back = self._rows, self._read, self.back + lag
         rows, every = max(len(self.step) - lag, 0), max(len(self.every) - lag, 0)

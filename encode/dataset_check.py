@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from encode import records, stats
-from encode.checkup import Found
 from encode.expected import Data, Shard, read_json
+from encode.shard_check import Found
 
 METADATA = ("features.json", "dataset_info.json")
 # dataset.json's keys as encode writes them

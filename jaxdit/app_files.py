@@ -19,7 +19,7 @@ UPLOAD_SECONDS, UPLOAD_MEMORY = 30.0, 4096  # what a decoder may take; MiB
 SIDE = 512  # pixels of what is shown small
 
 
-class Cabinet:
+class Files:
     """A gallery: a folder of PNG files, with the pictures that people bring in its folder references."""
 
     def __init__(self, folder: Path):

@@ -35,7 +35,7 @@ class Plan:
     todo: Sequence[int]
 
 
-class Studio:
+class Renderer:
     """A model and the folder that its pictures go into, for one call.
 
     Args:
@@ -87,7 +87,7 @@ class Studio:
         """Draw and save what is to do.
 
         Args:
-          plan: of this studio.
+          plan: of this renderer.
           vae: the image decoder.
           cache, known: see `conditions.encode`.
           most, watch: see `drawing.draw`; the places that watch is given are those in `plan.asked`.

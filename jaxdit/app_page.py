@@ -1,4 +1,4 @@
-"""The page in the browser: one `Easel` a person who looks at it. All it knows of drawing is the desk.
+"""The page in the browser: one `AppPage` a person who looks at it. All it knows of drawing is `app_jobs.Jobs`.
 
 Whatever people write reaches the page as text or as an attribute, never as HTML. A timer looks at the job and shows what is new.
 """
@@ -15,7 +15,7 @@ from urllib.parse import quote
 from nicegui import run, ui
 
 from encode.records import InputError
-from jaxdit import cabinet, desk, sampler, wishes
+from jaxdit import app_files, app_jobs, sampler, wishes
 from jaxdit.page import jpeg
 
 SHOWN = 24  # pictures of the gallery, and as many more at each wish
@@ -34,11 +34,11 @@ NOTHING = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAE
 STYLE = Path(__file__).with_suffix(".css")
 
 
-class Easel:
+class AppPage:
     """One person's page: what they have set, the job they wait for, and the gallery."""
 
-    def __init__(self, at: desk.Desk):
-        self.desk, self.job, self.changes = at, None, 0
+    def __init__(self, at: app_jobs.Jobs):
+        self.jobs, self.job, self.changes = at, None, 0
         self.references: list[str] = []
         self.shown, self.seen = SHOWN, None
         ui.add_css(STYLE)
@@ -60,22 +60,23 @@ class Easel:
     # What can be set.
 
     def _controls(self) -> None:
-        sample, usual = self.desk.config["sample"], "{}x{}".format(*self.desk.shapes.usual())
+        sample, usual = self.jobs.config["sample"], "{}x{}".format(*self.jobs.shapes.usual())
         self.prompt = ui.textarea("Prompt", placeholder="What the picture shows; empty draws without a sentence")
-        self.prompt.props(f"outlined autogrow maxlength={desk.LETTERS}").on("keydown.ctrl.enter", self._draw)
+        self.prompt.props(f"outlined autogrow maxlength={app_jobs.LETTERS}").on("keydown.ctrl.enter", self._draw)
         self.pinned = ui.element("div").classes("references")
         self.drop = ui.upload(
-            label="Drop a reference, or choose one", auto_upload=True, on_upload=self._bring, max_file_size=cabinet.UPLOAD_BYTES,
-            on_rejected=lambda: self._refuse(f"That file is too large: at most {cabinet.UPLOAD_BYTES / 2**20:.0f} MiB."),
+            label="Drop a reference, or choose one", auto_upload=True, on_upload=self._bring,
+            max_file_size=app_files.UPLOAD_BYTES,
+            on_rejected=lambda: self._refuse(f"That file is too large: at most {app_files.UPLOAD_BYTES / 2**20:.0f} MiB."),
         ).classes("drop").props("flat")  # fmt: skip
         self.drop.on("failed", lambda: self._refuse("The file did not arrive; it may be too large."))
         self.mix = self._slider("Mix of the two references", 0, 1, 0.05, 0.5, lambda v: f"{v:.0%} : {1 - v:.0%}")
-        self.size = ui.select({name: _shape(name) for name in self.desk.shapes.buckets}, label="Shape", value=usual)
+        self.size = ui.select({name: _shape(name) for name in self.jobs.shapes.buckets}, label="Shape", value=usual)
         self.size.props("outlined dense options-dense").classes("w-full")
         self.text = self._slider("Weight of the prompt", 0, 10, 0.1, sample["text_guidance"], "{:.1f}".format)
         self.vision = self._slider("Weight of the reference", 0, 10, 0.1, sample["vision_guidance"], "{:.1f}".format)
         most = max(100, sample["steps"])
-        self.steps = self._slider("Steps", 1, min(most, desk.STEPS), 1, sample["steps"], "{:.0f}".format)
+        self.steps = self._slider("Steps", 1, min(most, app_jobs.STEPS), 1, sample["steps"], "{:.0f}".format)
         with ui.element("div").classes("line"):
             self.seed = ui.number("Seed", value=0, min=0, max=wishes.LARGEST_SEED, precision=0).props("outlined dense")
             self.seed.classes("grow")
@@ -106,7 +107,7 @@ class Easel:
             self.raw = ui.switch("Raw weights instead of the averaged ones", on_change=self._choose_steps)
             self.solver = ui.select(list(sampler.SOLVERS), label="Solver", value="adams").props("outlined dense")
         self.button = ui.button("Draw", on_click=self._draw).classes("draw").props("unelevated")
-        self.stop = ui.button("Stop", on_click=lambda: self.job and self.desk.cancel(self.job)).props("outline")
+        self.stop = ui.button("Stop", on_click=lambda: self.job and self.jobs.cancel(self.job)).props("outline")
         self.stop.classes("draw").set_visibility(False)
         self._pin()
         self._say_what_runs()
@@ -114,7 +115,7 @@ class Easel:
     def _say_what_runs(self) -> None:
         kind = "raw" if self.raw.value else "averaged"
         at = f"step {self.step.value:,}, {kind} weights" if self.step.value else f"no {kind} weights"
-        self.runs.text = f"{self.desk.workdir.resolve().name} · {at} · {self.desk.about()}"
+        self.runs.text = f"{self.jobs.workdir.resolve().name} · {at} · {self.jobs.about()}"
 
     def _slider(
         self, words: str, low: float, high: float, step: float, value: float, told: Callable[[float], str]
@@ -128,7 +129,7 @@ class Easel:
         return slider
 
     def _steps(self) -> dict[int, str]:
-        return {step: f"step {step:,}" for step in self.desk.steps(bool(getattr(self, "raw", None) and self.raw.value))}
+        return {step: f"step {step:,}" for step in self.jobs.steps(bool(getattr(self, "raw", None) and self.raw.value))}
 
     def _spread(self) -> list[int]:
         """Up to five checkpoints, evenly over the run."""
@@ -145,7 +146,7 @@ class Easel:
     async def _bring(self, event: Any) -> None:
         name = None
         try:
-            name = await run.io_bound(self.desk.cabinet.take_in, event.file.name, await event.file.read())
+            name = await run.io_bound(self.jobs.files.take_in, event.file.name, await event.file.read())
         except InputError as error:
             self._refuse(f"{event.file.name}: {error}")
         except Exception as error:  # the processes that read pictures do not come up, a disk is gone
@@ -176,13 +177,13 @@ class Easel:
 
     # Drawing.
 
-    def _order(self) -> desk.Order:
+    def _order(self) -> app_jobs.Order:
         way, steps = self.compare.value, sorted(self.at.value or [])
         if way == "time" and len(steps) < 2:
             raise InputError("Choose at least two checkpoints to compare.")
         if way != "time" and self.step.value is None:
             raise InputError(f"This run keeps no {'raw' if self.raw.value else 'averaged'} weights.")
-        return desk.Order(
+        return app_jobs.Order(
             prompt=self.prompt.value or "",
             references=tuple(self.references),
             mix=self.mix.value,
@@ -201,7 +202,7 @@ class Easel:
         if self.job is not None and not self.job.ended:
             return
         try:
-            self.job = self.desk.take_order(self._order())
+            self.job = self.jobs.take_order(self._order())
         except InputError as error:
             self._tell([str(error)])
             self._choose_steps()  # a training that goes on saves steps and gives some up
@@ -218,7 +219,7 @@ class Easel:
         """Show what is new."""
         job = self.job
         if job is not None and self.stop.visible:
-            ended, ahead = job.ended, self.desk.ahead(job)
+            ended, ahead = job.ended, self.jobs.ahead(job)
             people = f"{ahead} drawing is before yours" if ahead == 1 else f"{ahead} drawings are before yours"
             self.status.text = f"Waiting: {people}." if ahead else job.phase
             self.bar.value = job.done
@@ -230,7 +231,7 @@ class Easel:
                 self.button.enable()
                 for element in (self.stop, self.bar):
                     element.set_visibility(False)
-        state = self.desk.cabinet.stamp()
+        state = self.jobs.files.stamp()
         if state != self.seen:
             self.seen = state
             self._fill_gallery()
@@ -250,7 +251,7 @@ class Easel:
             for problem in problems:
                 ui.label(problem).classes("problem")
 
-    def _lay_out(self, job: desk.Job) -> None:
+    def _lay_out(self, job: app_jobs.Job) -> None:
         """A place for each picture, with what stands beside and above them."""
         self.result.clear()
         width, height = job.wishes[0].size
@@ -273,11 +274,11 @@ class Easel:
                     _when_chosen(image, lambda row=row, column=column, job=job: self._open(job.names[row][column]))
                     self.images[-1].append(image)
 
-    def _show(self, job: desk.Job, last: bool = False) -> None:
+    def _show(self, job: app_jobs.Job, last: bool = False) -> None:
         for images, names, views in zip(self.images, job.names, job.views):
             for image, name, view in zip(images, names, views):
                 if name is not None:
-                    address, words = self.desk.cabinet.address("picture", name), job.order.prompt
+                    address, words = self.jobs.files.address("picture", name), job.order.prompt
                     _set(image, src=address, alt=words or "A picture without a prompt", role="button")
                     image.classes(remove="wait soon")
                 elif last:
@@ -289,7 +290,7 @@ class Easel:
 
     def _leave(self) -> None:
         if self.job is not None:
-            self.desk.cancel(self.job)
+            self.jobs.cancel(self.job)
 
     # The gallery.
 
@@ -297,7 +298,7 @@ class Easel:
         with ui.element("section").classes("stack shelf"):
             with ui.element("div").classes("line"):
                 ui.label("Gallery").classes("title").props("role=heading aria-level=2")
-                ui.label(str(self.desk.gallery)).classes("soft words grow")
+                ui.label(str(self.jobs.gallery)).classes("soft words grow")
             self.gallery = ui.element("div").classes("gallery")
             self.more = ui.button("Show more", on_click=self._show_more).props("flat").classes("self-start")
 
@@ -306,14 +307,14 @@ class Easel:
         self._fill_gallery()
 
     def _fill_gallery(self) -> None:
-        names = self.desk.cabinet.names(self.shown + 1)
+        names = self.jobs.files.names(self.shown + 1)
         self.more.set_visibility(len(names) > self.shown)
         self.gallery.clear()
         with self.gallery:
             for name in names[: self.shown]:
                 image = ui.element("img").classes("picture")
-                prompt = self.desk.cabinet.settings(name).get("prompt") or "without a prompt"
-                _set(image, src=self.desk.cabinet.address("small", name), alt=prompt, title=prompt)
+                prompt = self.jobs.files.settings(name).get("prompt") or "without a prompt"
+                _set(image, src=self.jobs.files.address("small", name), alt=prompt, title=prompt)
                 _set(image, role="button", loading="lazy")
                 _when_chosen(image, lambda name=name: self._open(name))
             if not names:
@@ -321,11 +322,11 @@ class Easel:
 
     def _open(self, name: str | None) -> None:
         """A picture at its own size, what made it, and what can be done with it."""
-        if name is None or not (said := self.desk.cabinet.settings(name)):
+        if name is None or not (said := self.jobs.files.settings(name)):
             return
         self.large.clear()
         with self.large:
-            address = self.desk.cabinet.address("picture", name)
+            address = self.jobs.files.address("picture", name)
             _set(ui.element("img").classes("picture"), src=address, alt=said.get("prompt") or name)
             with ui.element("div").classes("stack"):
                 ui.label(said.get("prompt") or "Without a prompt").classes("words")
@@ -344,7 +345,7 @@ class Easel:
         self.dialog.open()
 
     def _use(self, name: str) -> None:
-        order, notes = self.desk.order_of(name)
+        order, notes = self.jobs.order_of(name)
         self.prompt.value, self.size.value = order.prompt, order.size or self.size.value
         self.text.value, self.vision.value, self.mix.value = order.text[0], order.vision[0], order.mix
         self.steps.value, self.seed.value, self.count.value = order.steps, order.seed, 1

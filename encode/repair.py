@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from encode import checkup, diagnosis, images, pipeline, prepare, records, stats
-from encode.checkup import Found
+from encode import dataset_check, images, pipeline, prepare, records, shard_check, stats
 from encode.expected import Data, Shard
+from encode.shard_check import Found
 from encode.source import Problem
 
 
@@ -38,7 +38,7 @@ def encode_again(
     Raises:
       Changed: a photograph or caption is not what was encoded; nothing was written.
     """
-    part, _ = diagnosis.read_part(shard)
+    part, _ = dataset_check.read_part(shard)
     part = None if part_damaged else part
     known = {row[0]: row[1] for row in part["records"]} if part else {}
     beside = {} if part else _beside(data, shard, found, shard_damaged)
@@ -70,7 +70,7 @@ def _beside(data: Data, shard: Shard, found: Found, shard_damaged: bool) -> dict
         if size != data.resolution:
             other = data.at(size)
             place = other.shards[number]
-            read = checkup.look(
+            read = shard_check.look(
                 other.path(place), other.latent(place.bucket), data.rules, lambda: False, lambda _: None
             )
             if not read.problems:
@@ -132,8 +132,8 @@ def write_index(data: Data, shard: Shard, found: Found) -> str:
 def write_dataset(data: Data, found: Mapping[Shard, Found]) -> str:
     """dataset.json of sound shards; returns its name."""
     path = data.root / "dataset.json"
-    value = dict(data.base) | dict(data.own or {}) | diagnosis.wanted(data, found, {}, {})
-    names = [name for name in diagnosis.ORDER if name in value]
+    value = dict(data.base) | dict(data.own or {}) | dataset_check.wanted(data, found, {}, {})
+    names = [name for name in dataset_check.ORDER if name in value]
     names += [name for name in value if name not in names]
     records.write_json(path, {name: value[name] for name in names})
     return data.name(path)

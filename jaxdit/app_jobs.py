@@ -1,4 +1,4 @@
-"""The desk behind the page in the browser: orders come in, one is drawn at a time, and the pictures stay in a gallery.
+"""What the page in the browser draws: orders come in, one is drawn at a time, and the pictures stay in a gallery.
 
 Nothing here knows of the web. A page hands in an `Order`, gets a `Job`, and looks at it whenever it likes; one thread draws.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from encode.records import InputError
-from jaxdit import album, cabinet, checkpoint, sampler, studio, trained, wishes
+from jaxdit import album, app_files, checkpoint, render, sampler, trained, wishes
 from jaxdit.cache import Cache
 
 LETTERS = 2_000  # of a prompt
@@ -34,7 +34,7 @@ class Order:
 
     Attributes:
       prompt: "" is no sentence.
-      references: names that `Cabinet.take_in` gave, at most two.
+      references: names that `Files.take_in` gave, at most two.
       mix: share of the first of two, 0 to 1.
       size: WIDTHxHEIGHT, one of the data set's buckets; "": the fullest.
       text, vision: guidance weights; several make a grid.
@@ -102,7 +102,7 @@ class Stopped(Exception):
     """The order is no longer wanted."""
 
 
-class Desk:
+class Jobs:
     """The model, the gallery and the line of those who wait.
 
     Args:
@@ -129,9 +129,9 @@ class Desk:
         self._in_hand: Job | None = None
         self._changed = threading.Condition()
         self._stopping = False
-        self.cabinet = cabinet.Cabinet(gallery)
+        self.files = app_files.Files(gallery)
         self._view_cost, self._viewed = 0.0, 0.0
-        self._thread = threading.Thread(target=self._work, name="desk", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="app_jobs", daemon=True)
         self._thread.start()
 
     # What there is to choose from.
@@ -187,7 +187,7 @@ class Desk:
             self._stopping, cut = True, self._in_hand is not None or bool(self._waiting)
             self._changed.notify_all()
         self._thread.join(seconds)
-        self.cabinet.close()
+        self.files.close()
         return cut, not self._thread.is_alive()
 
     def _job(self, order: Order) -> Job:
@@ -219,7 +219,7 @@ class Desk:
             "scales": [order.text[0], order.vision[0]],
         }
         fields |= (
-            {"reference": [str(self.cabinet.reference(name).resolve()) for name in order.references]}
+            {"reference": [str(self.files.reference(name).resolve()) for name in order.references]}
             if order.references
             else {}
         )
@@ -274,11 +274,11 @@ class Desk:
         in_grid = frozenset(range(len(job.wishes))) if len(order.text) * len(order.vision) > 1 else frozenset()
         for number, step in enumerate(rounds):
             run = self._load(job, step, order.raw)
-            at = studio.Studio(run, self.workdir, self.gallery, options, raw=order.raw)
+            at = render.Renderer(run, self.workdir, self.gallery, options, raw=order.raw)
             self._draw_round(job, at, at.plan(job.wishes, in_grid), number, len(rounds))
         job.done = 1.0
 
-    def _draw_round(self, job: Job, at: studio.Studio, plan: studio.Plan, number: int, rounds: int) -> None:
+    def _draw_round(self, job: Job, at: render.Renderer, plan: render.Plan, number: int, rounds: int) -> None:
         """The wishes of an order from one checkpoint, the order's `number`-th."""
         for place in at.there(plan):
             self._put(job, number, place, name=plan.names[place])
@@ -321,7 +321,7 @@ class Desk:
         if began - self._viewed < self._view_cost / SHARE:
             return
         for place, picture in zip(part, self.vae.decode(view())):
-            self._put(job, number, place, view=images.thumbnail(picture, cabinet.SIDE))
+            self._put(job, number, place, view=images.thumbnail(picture, app_files.SIDE))
         self._viewed = time.monotonic()
         self._view_cost = self._viewed - began
 
@@ -334,9 +334,9 @@ class Desk:
 
     def order_of(self, name: str) -> tuple[Order, list[str]]:
         """(the order that draws a picture again, sentences about what cannot be had again)."""
-        said, notes = self.cabinet.settings(name), []
+        said, notes = self.files.settings(name), []
         hashes = said["reference_hash"].split(" + ") if said.get("reference_hash") else []
-        found = tuple(filter(None, map(self.cabinet.reference_of, filter(None, hashes))))
+        found = tuple(filter(None, map(self.files.reference_of, filter(None, hashes))))
         if len(found) < len(hashes) or (said.get("reference") and not hashes):
             notes.append(f"The reference ({said.get('reference', 'unknown')}) is not in this gallery.")
         if said.get("init"):

@@ -19,7 +19,7 @@ class TrainingStopped(RuntimeError):
     """The run cannot go on; the message names the last good checkpoint. Exit code 1."""
 
 
-class Teller:
+class Progress:
     """Writes a finished step where it is due, says when the run's health changes, and ends a run that cannot go on.
 
     Without a log (None, in all processes but the first) it only does the last.
