@@ -8,6 +8,7 @@ from bench import gate_power, optimizers, stages
 from jaxdit import origin
 
 
+@pytest.mark.all
 def test_two_stages_cost_what_one_does_and_are_judged_in_the_large_size(small_trainings, tmp_path, monkeypatch):
     monkeypatch.setattr(optimizers, "EVERY", 4)
     for side in (32, 64):

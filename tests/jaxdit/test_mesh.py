@@ -19,7 +19,7 @@ from configs import full
 from encode.records import InputError
 from jaxdit import estimate, heldout, measure, mesh, metrics, model, optim, train, trained, update
 
-MESHES = [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2), (8, 8, 1), (8, 1, 8)]  # devices, data, fsdp
+MESHES = [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2), (8, 1, 8)]  # devices, data, fsdp
 SEPARATE = (2, 2, 1)  # with the layers taken apart, as on GPUs
 MUON = [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2)]
 LAYERS = 3
