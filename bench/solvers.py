@@ -60,9 +60,8 @@ def main() -> int:
 
     @partial(jax.jit, static_argnames="terms")
     def drawn(params, table, weights, terms):
-        return sampler.sample(
-            nnx.merge(run.graph, params), noise, conditions, table=table, terms=terms, weights=weights
-        )
+        model = nnx.merge(run.graph, params)
+        return sampler.advance(model, sampler.start(noise), conditions, table=table, terms=terms, weights=weights)[1]
 
     @partial(jax.jit, static_argnames="terms")
     def velocity(params, x, t, weights, terms):

@@ -34,15 +34,8 @@ from jaxdit import model, trained, update
 
 SIZES = {"pred": 1, "bf16": 2, "f16": 2} | {f"{kind}{bits}": bits // 8 for kind in "fsu" for bits in (8, 16, 32, 64)}
 ARRAY = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\]")
-NOTHING = (
-    "parameter",
-    "bitcast",
-    "tuple",
-    "get-tuple-element",
-    "constant",
-    "after-all",
-    "opt-barrier",
-)  # move no bytes
+# Move no bytes.
+NOTHING = ("parameter", "bitcast", "tuple", "get-tuple-element", "constant", "after-all", "opt-barrier")
 SAME = ("bitcast", "convert", "copy", "reshape")  # within a kernel: a part of the result needs that part of the operand
 SLICES = ("slice", "dynamic-slice")
 MOST = 30

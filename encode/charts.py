@@ -184,9 +184,8 @@ def plane(
 def _rays(rays: Sequence[tuple[str, float]], start: Any, span: float, reach: float) -> tuple[list[str], list[str]]:
     """The buckets as bands with their own shape as a line in the middle, and their names where the lines leave the plot."""
     scale = PLOT / span
-    lean = [
-        float(start[0] - start[1] - math.log2(aspect)) for _, aspect in rays
-    ]  # a ray is y = x + lean, from the corner
+    # A ray is y = x + lean, from the corner.
+    lean = [float(start[0] - start[1] - math.log2(aspect)) for _, aspect in rays]
     order = sorted(range(len(rays)), key=lambda place: lean[place])
     bands, lines, labels, last = [], [], [], -math.inf
     for rank, place in enumerate(order):
@@ -199,9 +198,7 @@ def _rays(rays: Sequence[tuple[str, float]], start: Any, span: float, reach: flo
         ends = [(-9, -9 + own), (span + 9, span + 9 + own)]
         (x1, y1), (x2, y2) = ((a * scale, PLOT - b * scale) for a, b in ends)
         lines.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="ray"/>')
-        if (
-            abs(own) >= span or (own - last) * scale < 18
-        ):  # it passes by the plot, or would be written over its neighbour
+        if abs(own) >= span or (own - last) * scale < 18:  # beside the plot, or written over its neighbour
             continue
         last = own
         a, b = (span - own, span) if own > 0 else (span, span + own)

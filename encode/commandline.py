@@ -106,9 +106,8 @@ def stop_on_signal() -> threading.Event:
 
 def _interrupt(_, frame) -> None:
     _asked_to_stop.set()
-    if (
-        frame is None or frame.f_code.co_name != "_xla_gc_callback"
-    ):  # JAX's, run by the garbage collector: it would be lost there
+    # JAX's callback, run by the garbage collector: it would be lost there.
+    if frame is None or frame.f_code.co_name != "_xla_gc_callback":
         raise KeyboardInterrupt
 
 

@@ -137,9 +137,8 @@ def dots(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
     counts = exact
     while len(counts) > DOTS:
         counts, stands = Counter(), {}
-        for size, count in sorted(
-            exact.items(), key=lambda pair: (-pair[1], hash(pair[0]))
-        ):  # of equal ones any, not the least
+        # Of equal counts any, not the least size.
+        for size, count in sorted(exact.items(), key=lambda pair: (-pair[1], hash(pair[0]))):
             cell = tuple(round(math.log2(side) / step) for side in size)
             counts[stands.setdefault(cell, size)] += count
         step *= 2
@@ -164,14 +163,12 @@ class Latents:
     Attributes:
       counts: [channels, BINS] in equal classes from mean - SPREAD std to mean + SPREAD std.
       beyond: [channels] values more than three deviations from the mean.
-      outside: [channels] values that the histogram does not show.
       total: values a channel.
       pictures: latents looked at.
     """
 
     counts: np.ndarray
     beyond: np.ndarray
-    outside: np.ndarray
     total: int
     pictures: int
 
@@ -180,7 +177,7 @@ def latents(rows: Iterable[Mapping[str, Any]], mean: Sequence[float], std: Seque
     """Histograms of the latents of some records, padding left out."""
     channels = range(len(mean))
     counts = np.zeros((len(mean), BINS), np.int64)
-    beyond, outside = np.zeros(len(mean), np.int64), np.zeros(len(mean), np.int64)
+    beyond = np.zeros(len(mean), np.int64)
     total = seen = 0
     for record in rows:
         values = np.asarray(record["latent"]).astype(np.float64)
@@ -189,11 +186,9 @@ def latents(rows: Iterable[Mapping[str, Any]], mean: Sequence[float], std: Seque
         total, seen = total + len(flat), seen + 1
         for channel in channels:
             low, high = mean[channel] - SPREAD * std[channel], mean[channel] + SPREAD * std[channel]
-            inside = np.histogram(flat[:, channel], BINS, (low, high))[0]
-            counts[channel] += inside
-            outside[channel] += len(flat) - inside.sum()
+            counts[channel] += np.histogram(flat[:, channel], BINS, (low, high))[0]
             beyond[channel] += (np.abs(flat[:, channel] - mean[channel]) > 3 * std[channel]).sum()
-    return Latents(counts, beyond, outside, total, seen)
+    return Latents(counts, beyond, total, seen)
 
 
 def reasons(refused: Sequence[source.Problem]) -> list[tuple[str, str, list[source.Problem]]]:

@@ -254,15 +254,8 @@ def _raw_profile(text: bytes) -> bytes:
 
 
 _RAW_TAGS = {50706, 50752}  # DNGVersion, Canon's slices
-_RAW_COMPRESSIONS = {
-    32767,
-    32769,
-    32770,
-    34713,
-    34892,
-    65000,
-    65535,
-}  # Sony, packed, Samsung, Nikon, lossy DNG, Kodak, Pentax
+# Sony, packed, Samsung, Nikon, lossy DNG, Kodak, Pentax.
+_RAW_COMPRESSIONS = {32767, 32769, 32770, 34713, 34892, 65000, 65535}
 _RAW_LIGHT = {32803, 34892}  # colour filter array, linear raw
 
 

@@ -120,8 +120,8 @@ def refusals(plan: Mapping, parts: Sequence[Mapping]) -> dict[str, tuple[str, in
 
 
 def retried(config: Any, plan: Mapping, parts: Sequence[Mapping], collection: Collection) -> set[str]:
-    """Ids of pictures that were refused for what is no longer so: they are other files since, could not be read, or took
-    more than config.decode_seconds or decode_memory, which are larger today."""
+    """Ids of refused pictures that are worth another try: the file has changed since, could not be read then, or took more
+    than config.decode_seconds or decode_memory, which are larger today."""
     refused, again = refusals(plan, parts), set()
     for item in collection.items:
         reason, when = refused.get(item.id, (None, 0))

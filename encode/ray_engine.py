@@ -58,9 +58,7 @@ def encode(context: Context, plan: Mapping[str, Any], jobs: Sequence[Job], progr
     """
     token = context.out / TOKEN
     token.write_text(uuid.uuid4().hex)
-    asked = [
-        entry[0] for job in jobs for entry in job.entries[:1]
-    ]  # a shard whose pictures were tried again elsewhere has none
+    asked = [entry[0] for job in jobs for entry in job.entries[:1]]  # none where all were tried again elsewhere
     order = Order(
         config=context.config.to_dict(),
         folder=context.folder.absolute(),

@@ -21,9 +21,8 @@ JSON_BYTES = 1 << 24  # a vector of numbers may be in it
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 _UNSEEN = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060"  # marks that str.strip keeps
-_ENTITY = re.compile(
-    r"&(?:#0{0,9}\d{1,7}|#x0{0,9}[0-9a-f]{1,6}|[a-z]\w*);", re.IGNORECASE
-)  # as pages on the web write " & <
+# As pages on the web write " & <.
+_ENTITY = re.compile(r"&(?:#0{0,9}\d{1,7}|#x0{0,9}[0-9a-f]{1,6}|[a-z]\w*);", re.IGNORECASE)
 _BLANK = frozenset("\u034f\u115f\u1160\u2800\u3164\uffa0")  # letters and signs that show nothing
 
 

@@ -66,9 +66,8 @@ LEANERS = _set(
     "newspaper newspapers magazine voter voters press media party parties politician politicians government press"
 )
 SPOKEN = _set("here so now then let let's this that where what who i you we it")
-HALVES = _set(
-    "full empty eaten open finished drunk buried hidden way as asleep done painted built closed"
-)  # left half full
+# Left half full.
+HALVES = _set("full empty eaten open finished drunk buried hidden way as asleep done painted built closed")
 THINGS = _set(
     "jar mug table chair lamp tree building bottle glass cup vase bowl plate figure dog cat bird horse car truck bus boat ship "
     "house sofa couch bed shelf cabinet drawer picture photo photograph tile burner pane pillar column speaker monitor screen "

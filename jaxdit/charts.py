@@ -16,7 +16,7 @@ from jaxdit.page import escape
 
 COLUMNS = 460  # places along a curve, about a pixel each
 WIDTH, HEIGHT = 1000, 300  # units of a drawing
-FEW = 60  # a curve of fewer values is drawn as they are, each with a dot
+FEW = 60  # a curve of fewer values is not smoothed; one of up to half as many has dots
 COLOURS = "abcdefg"
 
 

@@ -26,10 +26,8 @@ from jaxdit import processes, saved_shapes, seal
 from jaxdit.orbax_log import first_line, leave_out_tracebacks
 
 SNAPSHOTS, LONG_INTERVAL = 10, 50_000  # EMA snapshots kept: the newest ten, and one in so many steps for good
-HALF_DAYS, HALF_DAY = (
-    3,
-    43_200,
-)  # of the newest, the first save of each stays resumable: trouble is often seen a day late
+# The first save of each of the newest three half days stays resumable: trouble is often seen a day late.
+HALF_DAYS, HALF_DAY = 3, 43_200
 ITEMS = ("state", "ema", "data")
 FAILURES = 3  # saves in a row that may fail before the run ends: a month of electricity is not spent on what is lost
 

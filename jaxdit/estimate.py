@@ -18,8 +18,9 @@ FLOAT32 = 4
 # was measured. GPT-2 124M on a 4090 reaches 55% (karpathy/nanoGPT#182: 29% of an A100's 312 TFLOP/s); of that, a tenth goes to
 # this model's float32 norms and rotations, which wait for memory. A 4090 has not been measured.
 UTILISATION = 0.5
-# Measured: an H100's products are twice as fast for the speed of its memory as a 4090's (full model at 512, micro-batch 8:
-# bench/results/train-step-full-512-8-nvidia-h100-80gb-hbm3.json, the scores of attention counted twice).
+# Measured: an H100 has twice a 4090's products for each byte that its memory brings, so that it reaches a smaller share of
+# its peak (full model at 512, micro-batch 8, the scores of attention counted twice:
+# bench/results/train-step-full-512-8-nvidia-h100-80gb-hbm3.json).
 REACHED = {"H100": 0.32, "H200": 0.32}
 
 # Dense tensor-core peaks in TFLOP/s by JAX's device_kind: (bfloat16 with float32 sums, TF32: JAX's float32 products run in
@@ -259,14 +260,12 @@ def kept_in_layer(
     b, n, l = micro_batch, tokens(settings, latent_shape), text_length
     d, k = settings["width"], settings["heads"]
     item = FLOAT32 if settings["dtype"] == "float32" else 2
-    dense = (
-        0 if remat == "block" else 11 * n * d + 2 * l * d + 6 * d
-    )  # 4 of self, 2 of cross, 5 of the MLP; text; modulation
+    # 4 of self, 2 of cross, 5 of the MLP; text; modulation.
+    dense = 0 if remat == "block" else 11 * n * d + 2 * l * d + 6 * d
     if remat == "none" and settings["attention"] == "cudnn":
         dense += 3 * n * d
-    rows = (
-        2 * n * k + 4 * n + (3 * n + l) * k
-    )  # sums of softmax; means and deviations; root mean squares of queries and keys
+    # Sums of softmax; means and deviations; root mean squares of queries and keys.
+    rows = 2 * n * k + 4 * n + (3 * n + l) * k
     return b * (item * (3 * n * d + dense) + FLOAT32 * rows)
 
 

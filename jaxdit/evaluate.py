@@ -70,72 +70,73 @@ def evaluate(
     dataset = judged_images.open_data(config, described, data_path)
     with only_one(out):
         scorer = _clip(clip)
-        known = _fingerprint(
+        data_id = _fingerprint(
             {name: dataset.info[name] for name in ("fingerprint", "buckets", "latent_mean", "latent_std")},
             [config["data"]["holdout_fraction"], config["flow"]["flip"]],
         )
-        asked = _fingerprint(VERSION, known, images, config["sample"], getattr(scorer, "hash", None))
+        exam_id = _fingerprint(VERSION, data_id, images, config["sample"], getattr(scorer, "hash", None))
         weights = "raw" if raw else "averaged"
         states = {step: _state(workdir, step, raw) for step in wanted}
         rows = read(out / "evaluation.jsonl")
-        there = {
+        judged = {
             row["step"]: row
             for row in rows
-            if (row["weights"], row["asked"]) == (weights, asked) and states.get(row["step"]) == row["checkpoint"]
+            if (row["weights"], row["asked"]) == (weights, exam_id) and states.get(row["step"]) == row["checkpoint"]
         }
-        missing, problems = [step for step in wanted if step not in there], []
-        if there and missing:
-            print(f"{len(there)} of {len(wanted)} steps are judged already; they stay as they are.")
-        paper, progress = None, None
-        for step in reversed(missing):  # the newest is waited for
+        missing, problems = [step for step in wanted if step not in judged], []
+        if judged and missing:
+            print(f"{len(judged)} of {len(wanted)} steps are judged already; they stay as they are.")
+        prepared, progress = None, None
+        for step in reversed(missing):  # newest first: that is the one people wait for
             began = time.monotonic()
             try:
                 run = trained.load(workdir, step=step, raw=raw)
             except InputError as error:  # a training beside this has removed it, or it is damaged
                 problems.append(str(error))
                 continue
-            if paper is None:
+            if prepared is None:
                 judged_images.refuse_other_data(workdir, run, dataset)
-                paper = exam.prepare(
+                prepared = exam.prepare(
                     run,
                     dataset,
-                    _only(out, f"known-{known}"),
+                    _only(out, f"known-{data_id}"),
                     images=images,
                     vae=encoders.load_vae(dataset.info["encoders"]["vae"]),
                     vision=judged_images.load_vision(dataset),
                     clip=scorer,
                 )
-                progress = _Progress(exam.pictures(paper), len(missing))
+                progress = _Progress(exam.pictures(prepared), len(missing))
             progress.step = step
-            found, strips = exam.sit(paper, run, progress.drawn)
-            row = {
-                "step": step,
-                "weights": weights,
-                "asked": asked,
-                "checkpoint": states[step],
-                "images": len(paper.prompts),
-                "held_out": paper.held_out,
-                "real_images": len(exam.real_vectors(paper)),
-                "training_images": len(paper.training.places),
-                "width": dataset.info["widths"]["vision"],
-                "sampling": {**config["sample"], "solver": "adams"},
-                "data": str(dataset.path),
-                "device": jax.devices()[0].device_kind,
-                "usual": paper.usual,
-                **found,
-                "strips": _save(out, f"{weights}-{step}", strips),
-                "seconds": round(time.monotonic() - began, 1),
-            }
-            there[step] = row = _rounded(row)
-            rows = [old for old in rows if (old["step"], old["weights"], old["asked"]) != (step, weights, asked)]
+            found, strips = exam.sit(prepared, run, progress.drawn)
+            row = {"step": step, "weights": weights, "asked": exam_id, "checkpoint": states[step]}
+            row |= _described(prepared, run) | found
+            row["strips"] = _save(out, f"{weights}-{step}-{exam_id}", strips)
+            row["seconds"] = round(time.monotonic() - began, 1)
+            judged[step] = row = _rounded(row)
+            rows = [old for old in rows if (old["step"], old["weights"], old["asked"]) != (step, weights, exam_id)]
             rows.append(row)
             _write(out / "evaluation.jsonl", rows)
-            quality_page.write(out, [there[known_step] for known_step in sorted(there)])
+            quality_page.write(out, [judged[known] for known in sorted(judged)])
             print("\n".join(quality_page.lines(row)), flush=True)
-        mine = [there[step] for step in sorted(there)]
+        mine = [judged[step] for step in sorted(judged)]
         if mine:
             quality_page.write(out, mine)
     return mine, problems
+
+
+def _described(prepared: exam.Exam, run: trained.Trained) -> dict[str, Any]:
+    """What a row says of how its checkpoint was judged."""
+    return {
+        "images": len(prepared.prompts),
+        "held_out": prepared.held_out,
+        "real_images": len(exam.real_vectors(prepared)),
+        "training_images": len(prepared.training.places),
+        "width": prepared.dataset.info["widths"]["vision"],
+        "sampling": {**run.config["sample"], "solver": "adams"},
+        "data": str(prepared.dataset.path),
+        "device": jax.devices()[0].device_kind,
+        "usual": prepared.usual,
+    }
 
 
 def _steps(workdir: Path, words: str, raw: bool) -> list[int]:

@@ -49,9 +49,8 @@ WORDS = {
     "composition_by_caption": "how far composition moves to that of the exchanged caption",
     "conditioning": "projections of the conditions that have not moved, or have no gradient",
 }
-SMALLEST_EFFECT = (
-    0.1  # share of the way: a model trained with shuffled vectors moved by 0.007, with an interval above 0
-)
+# Share of the way: a model trained with shuffled vectors moved by 0.007, with an interval above 0.
+SMALLEST_EFFECT = 0.1
 FEWEST = 10  # images, or pairs, that a share is worth something of
 FEWEST_SIDES = 20  # captions that name a side; with fewer, whole captions are exchanged
 NOTICEABLE = 0.02  # difference of light that a person sees, in OKLab (Ottosson 2020)
@@ -114,9 +113,8 @@ def questions(examples: Sequence[Example]) -> Questions:
     pairs = likeness.far_apart(lights, same)
     taken = np.zeros((len(examples),) * 2, bool)
     taken[np.arange(len(examples)), pairs] = True
-    thirds = likeness.far_apart(
-        np.random.default_rng(0).normal(size=(len(examples), 1)), taken
-    )  # far in nothing: shuffled
+    nothing = np.random.default_rng(0).normal(size=(len(examples), 1))
+    thirds = likeness.far_apart(nothing, taken)  # far in nothing: shuffled
     lit = np.flatnonzero(
         (np.linalg.norm(lights - lights[pairs], axis=1) >= NOTICEABLE)
         & (np.abs(vectors - vectors[pairs]).max(1) > 1e-6)
@@ -168,7 +166,7 @@ def measure(
         a person's own photographs "control" (a third image's vector).
 
     Returns:
-      (numbers: shares, memory_margin, psnr, psnr_next, light_drift [] each, and effects {name: {mean, low, high, control}};
+      (numbers: shares, memory_margin, psnr, psnr_next, leaks [] each, and effects {name: {mean, low, high, control}};
       ratios: [n] of each share, below 1 passes, nan where an image is not judged;
       nexts: [n] the place of the nearest other image, of each check of memory).
     """
@@ -213,9 +211,7 @@ def measure(
         )
 
     for name, values in ratios.items():
-        values[np.isnan(values)] = (
-            np.inf
-        )  # what was drawn is no number: it has failed, which is not the same as not judged
+        values[np.isnan(values)] = np.inf  # what was drawn is no number: failed, which is not the same as not judged
         if not name.startswith(("memory", "text_only")):
             judged = asked.said if name.startswith("text") else asked.lit
             values[np.setdiff1d(np.arange(len(examples)), judged)] = np.nan

@@ -215,9 +215,8 @@ def compiled(
         return jax.tree.map(lambda leaf, count: jnp.zeros((count, *leaf.shape), leaf.dtype), total, leading)
 
     def own_sums(params, total, batch, where):
-        before = jax.lax.axis_index(AXES) * len(
-            batch["latent"]
-        )  # samples of the micro-batch on the devices before this one
+        # Samples of the micro-batch on the devices before this one.
+        before = jax.lax.axis_index(AXES) * len(batch["latent"])
         total = accumulate(params, jax.tree.map(lambda leaf: leaf[0], total), batch, where.at[1].add(before))
         return jax.tree.map(lambda leaf: leaf[None], total)
 

@@ -48,14 +48,13 @@ class Metrics:
         step: int,
         *,
         wandb: str | None = None,
-        name: str | None = None,
         config: Mapping[str, Any] | None = None,
     ):
         workdir = Path(workdir)
         if wandb:
             trackers.wandb_library(wandb)  # what is missing is said before anything is touched
         workdir.mkdir(parents=True, exist_ok=True)
-        self._web = trackers.WandB(workdir, wandb, name, config) if wandb else None
+        self._web = trackers.WandB(workdir, wandb, config) if wandb else None
         self.path = workdir / "metrics.jsonl"
         self.last, self.seconds = _remove_after(self.path, step)
         self._step = self.last["step"] if self.last else -1

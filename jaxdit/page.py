@@ -111,7 +111,7 @@ def amount(value: float) -> str:
     """15.7 million; 614,400; 3.25."""
     if value >= 1e6:
         return f"{value / 1e6:,.3g} million" if value < 1e9 else f"{value / 1e9:,.3g} billion"
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2g}"
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
 def size(count: int) -> str:

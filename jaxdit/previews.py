@@ -21,9 +21,8 @@ from encode.records import publish
 from jaxdit import data, decode_previews, preview_set, sampler, trained
 from jaxdit.orbax_log import first_line
 
-PATIENCE = (
-    300.0  # seconds for the pictures of the last step: eight of 1024 x 1024 on a desktop's cores, while nothing trains
-)
+# Seconds for the pictures of the last step, while nothing trains: eight of 1024 x 1024 on a desktop's cores.
+PATIENCE = 300.0
 
 
 class Previews:

@@ -179,7 +179,8 @@ def memory(drawn: np.ndarray, real: np.ndarray) -> dict[str, float | bool]:
     Returns:
       nearer: the share of drawn pictures nearer to a training image than the real one is: 0.5 where they are alike.
       copies, copies_real: the shares with a `closeness` below half of the median of real ones, which bursts of nearly equal
-      photographs do not move; memorised: clearly more copies than among real ones.
+      photographs do not move; closest: the least `closeness` of a drawn picture; memorised: clearly more copies than among
+      real ones.
     """
     ours, theirs = closeness(drawn), closeness(real)
     line = COPY * np.median(theirs)

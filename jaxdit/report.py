@@ -17,7 +17,7 @@ import numpy as np
 
 from encode.records import InputError, publish
 from jaxdit import health, report_pictures
-from jaxdit.charts import Line, chart, grid, stretches
+from jaxdit.charts import COLOURS, Line, chart, grid, stretches
 from jaxdit.facts import Facts, look
 from jaxdit.metrics import date, duration
 from jaxdit.page import amount, escape, fold, page, rich_table, section, size, table, tiles
@@ -247,7 +247,7 @@ def insides(run: Facts) -> str:
     c, steps = run.columns, run.columns["step"]
 
     def each(kind: str) -> list[Line]:
-        return [Line(name.replace("_", " "), c[f"{kind}/{name}"], x) for name, x in zip(health.CONDITIONS, "abcdefg")]
+        return [Line(name.replace("_", " "), c[f"{kind}/{name}"], x) for name, x in zip(health.CONDITIONS, COLOURS)]
 
     return grid(
         chart("Gradient of the conditioning", steps, each("grad"), log=True),

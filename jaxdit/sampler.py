@@ -124,35 +124,8 @@ def guided_velocity(
     return jnp.einsum("bjhwc,bj->bhwc", velocity.reshape(batch, len(terms), *x.shape[1:]), used, precision="highest")
 
 
-def sample(
-    model: Callable[..., jax.Array],
-    x: jax.Array,
-    conditions: Mapping[str, jax.Array],
-    *,
-    table: jax.Array,
-    terms: tuple[int, ...],
-    weights: jax.Array,
-    interval: jax.Array | None = None,
-    together: bool = True,
-) -> jax.Array:
-    """Integrate to the data, one turn of the loop an evaluation.
-
-    Args:
-      model, conditions, terms, weights, together: as in `guided_velocity`.
-      x: [batch, height, width, channels] float32, the point at the table's first t.
-      table: [evaluations, 4], from `solver_table`.
-      interval: [2] (low, high): guide where low <= t <= high alone, and make one evaluation elsewhere (Kynkaanniemi et al.
-        2024, "Applying Guidance in a Limited Interval"); None: everywhere.
-
-    Returns:
-      [batch, height, width, channels] float32 normalised latents.
-    """
-    options = {"terms": terms, "weights": weights, "interval": interval, "together": together}
-    return advance(model, start(x), conditions, table=table, **options)[1]
-
-
 def start(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What `advance` carries from row to row, (base, point, last velocity), before the first one."""
+    """What `advance` carries from row to row, before the first: of x, the point at the table's first t."""
     x = x.astype(jnp.float32)
     return x, x, jnp.zeros_like(x)
 
@@ -168,7 +141,18 @@ def advance(
     interval: jax.Array | None = None,
     together: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The rows of `table`, all of a solver's or the next few, from `carry` on; the arguments are those of `sample`."""
+    """Integrate towards the data, one evaluation a row of the table.
+
+    Args:
+      model, conditions, terms, weights, together: as in `guided_velocity`.
+      carry: (base, point, last velocity), [batch, height, width, channels] float32 each, from `start` or from rows before.
+      table: [evaluations, 4], all rows of a `solver_table` or the next few.
+      interval: [2] (low, high): guide where low <= t <= high alone, and make one evaluation elsewhere (Kynkaanniemi et al.
+        2024, "Applying Guidance in a Limited Interval"); None: everywhere.
+
+    Returns:
+      The carry after these rows; after the last row its point is the normalised latents.
+    """
 
     def velocity(point, t):
         def guided(point):

@@ -120,14 +120,13 @@ class WandB:
     Args:
       workdir: the working folder; the library's own files go to WORKDIR/wandb.
       project: "project", or "entity/project".
-      name: what the run is called there; by default the working folder's name.
       config: the configuration, shown beside the run.
 
     Raises:
       InputError: the library is not installed.
     """
 
-    def __init__(self, workdir: Path, project: str, name: str | None = None, config: Mapping[str, Any] | None = None):
+    def __init__(self, workdir: Path, project: str, config: Mapping[str, Any] | None = None):
         library = wandb_library(project)
         self._image, self._run = library.Image, None
         os.environ.setdefault("WANDB_LOGIN_TIMEOUT", f"{START_SECONDS:.0f}")  # Settings do not reach the question
@@ -136,7 +135,7 @@ class WandB:
             "project": short,
             "entity": entity or None,
             "id": _run_id(Path(workdir), project),
-            "name": name or Path(workdir).resolve().name,
+            "name": Path(workdir).resolve().name,
             "config": dict(config or {}),
             "dir": str(workdir),
             "resume": "allow",

@@ -33,12 +33,8 @@ from encode.records import InputError, write_json
 from jaxdit import advice, data, gate_page, judge, judged_images, mesh, model, origin, trained, update
 
 IMAGES, BATCH, GRADIENT_IMAGES = 100, 20, 32
-SAMPLING = {
-    "solver": "euler",
-    "steps": 12,
-    "guidance": [1.0, 1.0],
-    "seed": 0,
-}  # unguided: what the model itself has learnt
+# Unguided: what the model itself has learnt.
+SAMPLING = {"solver": "euler", "steps": 12, "guidance": [1.0, 1.0], "seed": 0}
 STILL = 1e-4  # relative change of a projection's parameters below which it has not moved
 
 
@@ -178,12 +174,20 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
     }
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    shown: tuple[Any, ...] = ()
     if reason := judge.cannot(examples, asked):
         result |= {"reason": f"{dataset.path}: {reason}"} | record
-        gate_page.write(out, result)
-        write_json(out / "gate.json", result)
-        return result
-    logging.info("The gate: step %d on %d images.", averaged.step, len(examples))
+    else:
+        logging.info("The gate: step %d on %d images.", averaged.step, len(examples))
+        found, shown = _verdict(workdir, averaged, dataset, vae, vision_encoder, examples, asked, rule)
+        result = rounded(result | found | record | {"seconds": round(time.monotonic() - began, 1)})
+    gate_page.write(out, result, *shown)
+    write_json(out / "gate.json", result)
+    return result
+
+
+def _verdict(workdir, averaged, dataset, vae, vision_encoder, examples, asked, rule):
+    """(what gate.json says of the averaged and the raw weights, what the page shows of the averaged ones)."""
     numbers, ratios, nexts, drawn = score(averaged, vae, vision_encoder, examples, asked, rule)
     logging.info("The averaged weights are judged; now the raw ones.")
     raw = trained.load(workdir, step=averaged.step, raw=True)
@@ -193,7 +197,7 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
     checks = judge.checks(numbers, dead, rule, encoder=known)
     raw_checks = judge.checks(raw_numbers, raw_dead, rule, encoder=known)
     failed = [name for name, check in checks.items() if not check["passed"]]
-    result |= {
+    found = {
         "verdict": "fail" if failed else "pass",
         "failed": failed,
         "checks": checks,
@@ -201,16 +205,10 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
         "advice": advice.words(checks, raw_checks, numbers, averaged.config),
         "averaged": numbers,
         "raw": raw_numbers,
-    }
-    result |= record | {
         "weights": {"averaged": fingerprint(averaged.params), "raw": fingerprint(raw.params)},
         "examples": listed(examples, asked, ratios),
-        "seconds": round(time.monotonic() - began, 1),
     }
-    result = rounded(result)
-    gate_page.write(out, result, examples, asked, drawn, ratios, nexts)
-    write_json(out / "gate.json", result)
-    return result
+    return found, (examples, asked, drawn, ratios, nexts)
 
 
 def describe(run: trained.Trained, dataset: data.Dataset, examples: Sequence[judge.Example]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ FIXED = (
 )
 
 STARTS = ("gate", "init_from", "init_weights", "restore")  # of train: where a run comes from
-RESTORE = (
+BRING_BACK = (
     "bring it back from a copy (OUT/RES/dataset.json, where the data have not grown since), or name a new --workdir"
 )
 WRITTEN = ("dataset.json", "origin.json", "config_history.jsonl")
@@ -130,9 +130,8 @@ def check(config: Any, devices: int) -> None:
 
 def is_new(workdir: Path) -> bool:
     """Whether nothing has been trained in the folder yet."""
-    rows = [
-        path for path in (workdir / "metrics.jsonl", workdir / "saved.json") if path.exists() and path.stat().st_size
-    ]
+    files = workdir / "metrics.jsonl", workdir / "saved.json"
+    rows = any(path.exists() and path.stat().st_size for path in files)
     # An empty folder of checkpoints may be where their disk is to be mounted: the first save makes it.
     return not (workdir / "config.json").exists() or not (rows or (workdir / "checkpoints").exists())
 
@@ -158,56 +157,67 @@ def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any], 
             )
     now = json.loads(config.to_json_best_effort())
     now["data"]["path"] = os.path.abspath(os.path.expanduser(config.data.path))
-    path = workdir / "config.json"
+    dataset = json.loads(json.dumps(dataset))
     if is_new(workdir):
-        # What a kill between the files of a new folder leaves.
-        strangers = [child.name for child in workdir.iterdir() if child.name[0] != "." and child.name not in WRITTEN]
-        if strangers and not path.exists():
-            raise InputError(
-                f"{workdir} holds {', '.join(sorted(strangers)[:3])} but no config.json, so it is not a working folder; "
-                "name a new or empty one."
-            )
-        if start and "restore" in start:  # a new folder, but the run that another one began
-            other = Path(start["restore"]["workdir"])
-            before = _begun_with(other / "config.json")
-            for name in STARTS:
-                before["train"][name] = now["train"][name]
-            differences = changed_fields(before, now)
-            refuse_fixed(other, differences)
-            _record(workdir, differences)
-            copy = _copy(other)
-            dataset = _same_data(other, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
-        # Previews that were chosen for what was given up before its first step.
-        (workdir / "previews" / "previews.json").unlink(missing_ok=True)
-        write_json(workdir / "dataset.json", dataset)
-        write_json(workdir / "origin.json", start or {})
-        write_json(path, now)
-        return
-    try:
-        before = _begun_with(path)
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); restore it, or name a new --workdir.") from error
+        _begin(workdir, now, data_path, dataset, start or {})
+    else:
+        _go_on(workdir, now, data_path, dataset)
+
+
+def _begin(workdir, now, data_path, dataset, start):
+    path = workdir / "config.json"
+    # What a kill between the files of a new folder leaves.
+    strangers = [child.name for child in workdir.iterdir() if child.name[0] != "." and child.name not in WRITTEN]
+    if strangers and not path.exists():
+        raise InputError(
+            f"{workdir} holds {', '.join(sorted(strangers)[:3])} but no config.json, so it is not a working folder; "
+            "name a new or empty one."
+        )
+    if "restore" in start:  # a new folder, but the run that another one began
+        other = Path(start["restore"]["workdir"])
+        before = _begun_with(other / "config.json")
+        for name in STARTS:
+            before["train"][name] = now["train"][name]
+        differences, _, dataset = _compared(other, before, now, data_path, dataset)
+        _record(workdir, differences)
+    # Previews that were chosen for what was given up before its first step.
+    (workdir / "previews" / "previews.json").unlink(missing_ok=True)
+    write_json(workdir / "dataset.json", dataset)
+    write_json(workdir / "origin.json", start)
+    write_json(path, now)
+
+
+def _go_on(workdir, now, data_path, dataset):
+    before = _begun_with(workdir / "config.json")
     now["train"]["gate"] = before["train"]["gate"]  # looked at when the folder was begun, and never again
-    differences = changed_fields(before, now)
-    refuse_fixed(workdir, differences)
-    copy = _copy(workdir)
-    dataset = _same_data(workdir, copy, data_path, json.loads(json.dumps(dataset)), config.data.accept_growth)
+    differences, kept, dataset = _compared(workdir, before, now, data_path, dataset)
     if differences:
         _record(workdir, differences)
-        write_json(path, now)
-    if dataset != copy:
+        write_json(workdir / "config.json", now)
+    if dataset != kept:
         write_json(workdir / "dataset.json", dataset)
 
 
-def _copy(workdir: Path) -> dict[str, Any]:
+def _compared(folder, before, now, data_path, dataset):
+    """(what differs in the configuration, the folder's dataset.json, what it is to be from now on), or InputError."""
+    differences = changed_fields(before, now)
+    refuse_fixed(folder, differences)
+    kept = _kept_dataset(folder)
+    return differences, kept, _data_or_refuse(folder, kept, data_path, dataset, now["data"]["accept_growth"])
+
+
+def _kept_dataset(workdir: Path) -> dict[str, Any]:
     try:
-        return read_json(workdir / "dataset.json", RESTORE)
+        return read_json(workdir / "dataset.json", BRING_BACK)
     except FileNotFoundError as error:
-        raise InputError(f"{workdir / 'dataset.json'} is missing; {RESTORE}.") from error
+        raise InputError(f"{workdir / 'dataset.json'} is missing; {BRING_BACK}.") from error
 
 
 def _begun_with(path: Path) -> dict[str, Any]:
-    return as_of_now(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return as_of_now(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); restore it, or name a new --workdir.") from error
 
 
 def as_of_now(config: dict[str, Any]) -> dict[str, Any]:
@@ -235,7 +245,7 @@ def refuse_fixed(workdir: Path, differences: list[tuple[str, Any, Any]]) -> None
             )
 
 
-def _same_data(workdir: Path, copy: dict, data_path: Path, dataset: dict, accept_growth: bool) -> dict:
+def _data_or_refuse(workdir: Path, copy: dict, data_path: Path, dataset: dict, accept_growth: bool) -> dict:
     """The folder's copy of dataset.json, or the grown data set with the copy's statistics.
 
     A copy of grown data keeps under "own" the statistics that the data set itself has.

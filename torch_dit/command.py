@@ -88,9 +88,8 @@ def main() -> None:
         words = PngInfo()
         command = shlex.join(["python", *sys.argv])
         for name, value in {"prompt": given.prompt, "seed": str(seed), "command": command}.items():
-            words.add_itxt(
-                name, value.encode("utf-8", "surrogateescape").decode(errors="replace")
-            )  # a file's name may be any bytes
+            # A file's name may be any bytes.
+            words.add_itxt(name, value.encode("utf-8", "surrogateescape").decode(errors="replace"))
         image.save(path, pnginfo=words)
         print(path)
 

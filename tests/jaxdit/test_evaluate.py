@@ -87,6 +87,9 @@ def test_the_page_shows_curves_pairs_and_what_must_be_known(judged, workdir):
         assert part in page
     assert page.count("<img") == sum(len(strip["pictures"]) for row in rows for strip in row["strips"])
     assert "http" not in page.replace("http-equiv", "")
+    for row in rows:  # other pictures, of a call that asks otherwise, do not take their place
+        folders = {name.rsplit("/", 1)[0] for strip in row["strips"] for _, name in strip["pictures"]}
+        assert folders == {f"pictures/averaged-{row['step']}-{row['asked']}"}
 
 
 def test_a_second_call_does_only_what_is_missing(judged, workdir, tmp_path):

@@ -287,13 +287,13 @@ def test_weights_and_biases_continues_its_run_over_the_legs(wandb, tmp_path, mon
     assert step == 1 and values == row(1, health="fine")  # null is left out
     assert (at, pictures) == (1, {"previews/00": [[6, 4], "step 1"]}) and end == ["finish"]
     monkeypatch.setattr(sys.modules["wandb"].Run, "step", 3)  # what a killed leg had sent
-    log = metrics.Metrics(workdir, 1, wandb="team/photos", name="other")
+    log = metrics.Metrics(workdir, 1, wandb="team/photos")
     for step in (2, 3, 4):
         log.write(row(step))
     log.pictures(2, {"previews/00": np.zeros((4, 6, 3), np.uint8)})  # decoded when training is further on
     log.close()
     kind, again = wandb()[4]
-    assert kind == "init" and again["id"] == first["id"] and again["name"] == "other"
+    assert kind == "init" and again["id"] == first["id"] and again["name"] == first["name"]
     assert [call[1] for call in wandb() if call[0] == "log"][2:] == [3, 4, 4]
     assert wandb()[-2][2] == {"previews/00": [[6, 4], "step 2"]}
     written(workdir, [], 4, wandb="elsewhere")

@@ -158,6 +158,21 @@ def long(tmp_path_factory):
     return workdir, (workdir / "report.html").read_text(encoding="utf-8"), work
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (3.25, "3.25"),
+        (99.7, "99.7"),
+        (7, "7"),
+        (614_400.0, "614,400"),
+        (15_700_000, "15.7 million"),
+        (2e9, "2 billion"),
+    ],
+)
+def test_an_amount_is_told_with_three_digits(value, words):
+    assert page.amount(value) == words
+
+
 def test_a_months_page_is_safe_small_and_quick(long):
     workdir, html, work = long
     safe(html)
@@ -243,7 +258,7 @@ def test_a_run_without_a_row_and_a_run_of_one(tmp_path):
     assert "Nothing has been trained yet." in html and "None is saved yet." in html
     row = {"step": 1, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-5, "samples_seen": BATCH, "seconds": 40.0}
     said = words(safe(report.write(folder(tmp_path / "one", [row])).read_text()))
-    assert "Step 1 of 1,000,000: 256 samples seen, 0.0026 passes over the data." in said
+    assert "Step 1 of 1,000,000: 256 samples seen, 0.00259 passes over the data." in said
     assert "Its rate is not known yet." in said and "so far 40 s 256 5 Wh" in said
 
 

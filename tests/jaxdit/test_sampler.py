@@ -9,19 +9,12 @@ from jaxdit import sampler
 
 
 def draw(model, noise, conditions, *, solver="euler", steps, shift=1.0, text=1.0, vision=1.0, start=1.0, **options):
-    """sampler.sample with everything that is made on the host."""
+    """All rows of a solver, with everything that is made on the host."""
     weights = np.broadcast_to(sampler.guidance_weights(text, vision), (3, len(noise)))
     table = sampler.solver_table(solver, sampler.time_grid(steps, shift, start))
     terms = sampler.needed_terms(weights)
-    return sampler.sample(
-        model,
-        jnp.asarray(noise),
-        conditions,
-        table=jnp.asarray(table),
-        terms=terms,
-        weights=jnp.asarray(weights),
-        **options,
-    )
+    options |= {"table": jnp.asarray(table), "terms": terms, "weights": jnp.asarray(weights)}
+    return sampler.advance(model, sampler.start(jnp.asarray(noise)), conditions, **options)[1]
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -187,5 +180,6 @@ def test_an_interval_guides_at_both_of_its_ends():
     weights = sampler.guidance_weights(3.0, 1.0)
     table = jnp.asarray(sampler.solver_table("euler", sampler.time_grid(8, 1.0)))
     options = {"table": table, "terms": sampler.needed_terms(weights), "weights": jnp.asarray(weights)}
-    got = sampler.sample(model, jnp.zeros((1, 2, 2, 1)), {}, interval=jnp.array([0.375, 0.75]), **options)
+    x, interval = jnp.zeros((1, 2, 2, 1)), jnp.array([0.375, 0.75])
+    _, got, _ = sampler.advance(model, sampler.start(x), {}, interval=interval, **options)
     np.testing.assert_allclose(got, -(4 * 3 + 4 * 1) / 8, rtol=1e-6)

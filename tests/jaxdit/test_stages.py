@@ -135,7 +135,12 @@ def test_going_back_may_change_the_learning_rate_but_not_the_model(path, undistu
         train.train(tiny(path, **back, **{"train.seed": 1}), tmp_path / "other")
     with pytest.raises(InputError, match=r"no such step was saved with its state; it has .*18, 20"):
         train.train(tiny(path, **{"train.restore": f"{undisturbed}@7"}), tmp_path / "none")
-    assert train.train(tiny(path, **back, **{"optim.peak_learning_rate": 1e-3}), tmp_path / "run") == "done"
+    rate = {"optim.peak_learning_rate": 1e-3}
+    make_data.dataset(tmp_path / path.name, {"64x64": 12, "48x80": 9})
+    with pytest.raises(InputError, match=r"has grown from 15 to 21 images"):
+        train.train(tiny(tmp_path / path.name, **back, **rate), tmp_path / "run")
+    assert not (tmp_path / "run" / "config_history.jsonl").exists()  # what is refused changes nothing
+    assert train.train(tiny(path, **back, **rate), tmp_path / "run") == "done"
     history = (tmp_path / "run" / "config_history.jsonl").read_text()
     assert json.loads(history)["field"] == "optim.peak_learning_rate"
     ours, theirs = curve(tmp_path / "run", "learning_rate"), curve(undisturbed, "learning_rate")

@@ -92,14 +92,9 @@ def drawn(workdir, loaded, texts, visions, noise, *, text, vision):
         weights = sampler.guidance_weights(text, vision).repeat(len(texts), 1)
         table = sampler.solver_table("euler", sampler.time_grid(3, run.config["sample"]["shift"]))
         terms = sampler.needed_terms(weights)
-        return sampler.sample(
-            nnx.merge(run.graph, run.params),
-            x,
-            given,
-            table=jax.numpy.asarray(table),
-            terms=terms,
-            weights=jax.numpy.asarray(weights),
-        )
+        model, weights = nnx.merge(run.graph, run.params), jax.numpy.asarray(weights)
+        options = {"table": jax.numpy.asarray(table), "terms": terms, "weights": weights}
+        return sampler.advance(model, sampler.start(x), given, **options)[1]
 
     latents = np.asarray(sample(noise.permute(0, 2, 3, 1).numpy(), given))
     latents = latents * np.float32(run.dataset["latent_std"]) + np.float32(run.dataset["latent_mean"])
