@@ -15,6 +15,7 @@ import numpy as np
 
 from encode import buckets, captions, charts, facts, readback
 from encode.page import (
+    CSS,
     LISTED,
     changes,
     fold,
@@ -78,7 +79,7 @@ def build(
         section("Time", _time(context.legs), TIME_NOTE) if _busy(context.legs) else "",
         section("Encoders", _encoders(datasets[max(sizes)])),
     ]
-    return whole(title, "".join(body))
+    return whole(title, "".join(body), CSS)
 
 
 SAMPLES_NOTE = (

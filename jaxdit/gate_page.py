@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from encode.page import fold
 from jaxdit import judge, likeness, page
 
 OVERVIEW, SHOWN = 6, 4  # images of all checks together, and of each
@@ -26,7 +27,7 @@ def write(
     body = head(result)
     if drawn is not None:
         body += table(result) + overview(examples, asked, drawn) + strips(examples, asked, drawn, ratios, nexts)
-    body += page.fold("How it was judged", _how(result))
+    body += fold("How it was judged", _how(result))
     (out / "gate.html").write_text(page.page("The gate", body), encoding="utf-8")
 
 
@@ -118,7 +119,7 @@ def strips(examples, asked, drawn, ratios, nexts) -> str:
         missed = sum(values[i] >= 1 for i in order)
         rows = [_strip(name, i, examples, asked, drawn, values, nexts) for i in order[:SHOWN]]
         title = f"{judge.WORDS[name]}: {len(order) - missed} of {len(order)}; the worst first"
-        parts.append(page.fold(title, "".join(rows)) if not missed else f"<h3>{page.escape(title)}</h3>{''.join(rows)}")
+        parts.append(fold(title, "".join(rows)) if not missed else f"<h3>{page.escape(title)}</h3>{''.join(rows)}")
     return "".join(parts)
 
 

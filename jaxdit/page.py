@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from encode.page import table as rich_table
 from encode.page import text as escape
+from encode.page import whole
 
 SIDE = 320  # pixels of a strip's pictures, at most: twice what they take on the screen
 
@@ -20,17 +22,13 @@ SIDE = 320  # pixels of a strip's pictures, at most: twice what they take on the
 def page(title: str, body: str, head: str | None = None) -> str:
     """A whole HTML page; head is its first piece, by default the title as a heading."""
     head = f"<h1>{escape(title)}</h1>" if head is None else head
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-        f'initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{head}<!--body-->{body}'
-        "<!--end--></main></body></html>\n"
-    )
+    return whole(title, f"{head}<!--body-->{body}<!--end-->", STYLE)
 
 
-def inside(whole: str) -> str | None:
+def inside(html: str) -> str | None:
     """What stands below the heading of a page that `page` made, or None."""
-    start, end = whole.find("<!--body-->"), whole.rfind("<!--end-->")
-    return whole[start + len("<!--body-->") : end] if 0 <= start < end else None
+    start, end = html.find("<!--body-->"), html.rfind("<!--end-->")
+    return html[start + len("<!--body-->") : end] if 0 <= start < end else None
 
 
 def section(title: str, body: str, note: str = "", wide: bool = True) -> str:
@@ -44,29 +42,7 @@ def section(title: str, body: str, note: str = "", wide: bool = True) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[int] = ()) -> str:
     """A table of plain text; the columns in `numbers` stand to the right."""
-    return rich_table(head, ([escape(cell) for cell in row] for row in rows), numbers)
-
-
-def rich_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = (), kind: str = "") -> str:
-    """A table of cells that are HTML already; kind "prose" gives the last column the most room."""
-    right = set(numbers)
-
-    def line(cells: Iterable[str], kind: str) -> str:
-        return "".join(f"<{kind}{' class=n' if k in right else ''}>{cell}</{kind}>" for k, cell in enumerate(cells))
-
-    top = f"<thead><tr>{line((escape(name) for name in head), 'th')}</tr></thead>" if any(head) else ""
-    body = "".join(f"<tr>{line(cells, 'td')}</tr>" for cells in rows)
-    return f'<div class="scroll {kind}"><table>{top}<tbody>{body}</tbody></table></div>'
-
-
-def tiles(pairs: Iterable[tuple[Any, str]]) -> str:
-    inner = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in pairs)
-    return f'<div class="tiles">{inner}</div>' if inner else ""
-
-
-def fold(summary: str, body: str) -> str:
-    """Something that opens when it is clicked."""
-    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+    return rich_table([escape(name) for name in head], ([escape(cell) for cell in row] for row in rows), numbers)
 
 
 def small(pixels: Any, side: int) -> bytes:
@@ -120,26 +96,16 @@ def size(count: int) -> str:
 
 
 STYLE = """
-:root{color-scheme:light dark;--paper:#fbfaf8;--card:#fff;--ink:#1d2330;--soft:#667085;--line:#e4e1da;--grey:#b9b5ab;
---good:#2f7d4f;--watch:#a8740f;--act:#b3261e;
---a:#b4552d;--b:#2f7585;--c:#a67c12;--d:#5a5fb0;--e:#96528a;--f:#4f7d3a;--g:#7a7f8a}
-@media(prefers-color-scheme:dark){:root{--paper:#15171c;--card:#1d2027;--ink:#e9e6df;--soft:#9aa0ab;--line:#30343d;
---grey:#5b606b;--good:#6fc28f;--watch:#e0b04c;--act:#ff8a80;
---a:#e08a5f;--b:#6db5c4;--c:#d9b24c;--d:#a1a6ee;--e:#d394c5;--f:#93c37b;--g:#9aa0ab}}
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Inter,sans-serif}
-main{max-width:1180px;margin:0 auto;padding:3rem 1.5rem 5rem}
-p{margin:.4rem 0;max-width:46rem}
-h1{font-size:clamp(1.6rem,4.2vw,2.4rem);line-height:1.18;letter-spacing:-.025em;font-weight:650;margin:0 0 .8rem;max-width:24em;
-text-wrap:balance}
-h2{font-size:1.15rem;line-height:1.3;letter-spacing:-.01em;font-weight:650;margin:0 0 .4rem}
-h3{font-size:.92rem;font-weight:600;margin:1.8rem 0 .5rem}
-b{font-weight:600}
-.faint,.over,section>header p,figcaption{color:var(--soft);font-size:.875rem}
+:root{--card:#fff;--good:#2f7d4f;--watch:#a8740f;--act:#b3261e;
+--a:var(--rust);--b:var(--teal);--c:#a67c12;--d:#5a5fb0;--e:#96528a;--f:#4f7d3a;--g:#7a7f8a}
+@media(prefers-color-scheme:dark){:root{--card:#1d2027;--good:#6fc28f;--watch:#e0b04c;--act:#ff8a80;
+--c:#d9b24c;--d:#a1a6ee;--e:#d394c5;--f:#93c37b;--g:#9aa0ab}}
+p{max-width:46rem}
+h1{max-width:24em;text-wrap:balance}
+.faint,.over{color:var(--soft);font-size:.875rem}
 .over{margin:0 0 .5rem;overflow-wrap:anywhere}
 .lead{font-size:1.05rem;max-width:52rem}
-.tiles b,.n,td,.now,.plot,.legend{font-variant-numeric:tabular-nums}
+.now,.plot{font-variant-numeric:tabular-nums}
 .progress{height:.45rem;border-radius:1rem;background:var(--line);margin:1.4rem 0 1.1rem;overflow:hidden}
 .progress i{display:block;height:100%;background:var(--a);border-radius:1rem;min-width:.45rem}
 .health{display:flex;gap:.7rem;align-items:baseline;margin:.9rem 0 0;max-width:52rem}
@@ -148,17 +114,8 @@ b{font-weight:600}
 white-space:nowrap;color:var(--soft)}
 .tag.good,.verdict.pass{color:var(--good)}.tag.watch{color:var(--watch)}.tag.act,.verdict.fail{color:var(--act)}
 .verdict{display:inline-block;border-radius:2rem;padding:.15rem 1rem;font-weight:600;border:2px solid;color:var(--soft)}
-section{border-top:1px solid var(--line);padding-top:1.6rem;margin-top:3.2rem;display:grid;gap:1rem 3rem}
-section>*{min-width:0}
-@media(min-width:900px){section{grid-template-columns:13.5rem 1fr}section.across{grid-template-columns:1fr}}
-section>header p{max-width:46rem}
-section>div>:first-child,section>div>h3:first-child{margin-top:0}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(7rem,1fr));gap:1.4rem 1.3rem;margin-top:2.2rem}
-.tiles b{display:block;font-size:1.35rem;line-height:1.2;letter-spacing:-.02em}
-.tiles span{color:var(--soft);font-size:.84rem;line-height:1.35;display:block}
 .charts{display:grid;gap:2.4rem 2.6rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,25rem),1fr))}
 .bins{display:grid;gap:1.5rem 1.4rem;grid-template-columns:repeat(auto-fill,minmax(min(45%,11.5rem),1fr))}
-figure{margin:0;min-width:0}
 figure.chart figcaption{display:flex;justify-content:space-between;gap:.4rem 1rem;align-items:baseline;color:var(--ink);
 font-weight:600;font-size:.95rem;margin-bottom:.6rem}
 .now{font-weight:400;color:var(--soft);font-size:.875rem;text-align:right}
@@ -171,13 +128,13 @@ line-height:1;color:var(--soft);white-space:nowrap}
 text-decoration:none;white-space:nowrap}
 .plot u.last{transform:translateX(-100%)}.plot u.first{transform:none}
 .plot path{vector-effect:non-scaling-stroke;fill:none;stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
-.plot .grid{stroke:var(--line);stroke-width:1}.plot .axis{stroke:var(--grey);stroke-width:1}
+.plot .grid{stroke:var(--line);stroke-width:1}
 .plot .band{opacity:.2;stroke-width:1}
 .plot .dash{stroke-dasharray:5 4}.plot .dots{stroke-width:5}
 .plot .rug{stroke:var(--act);stroke-width:2;stroke-linecap:butt}
 .ca{stroke:var(--a)}.cb{stroke:var(--b)}.cc{stroke:var(--c)}.cd{stroke:var(--d)}.ce{stroke:var(--e)}.cf{stroke:var(--f)}.cg{stroke:var(--g)}
 .band.ca{fill:var(--a)}.band.cb{fill:var(--b)}.band.cc{fill:var(--c)}
-.legend{display:flex;flex-wrap:wrap;gap:.15rem 1.2rem;font-size:.84rem;color:var(--soft);margin:.3rem 0 0}
+.legend{gap:.15rem 1.2rem;font-size:.84rem;margin:.3rem 0 0}
 .legend b{color:var(--ink);font-weight:400}
 .legend svg{width:1.3rem;height:.6rem;margin-right:.4rem;display:inline-block}.legend svg path{stroke-width:2.4;fill:none}
 .legend .dash{stroke-dasharray:4 3}
@@ -201,27 +158,22 @@ font-size:.76rem;text-align:center;line-height:1.25;padding:.2rem}
 .row figure{display:flex;flex-direction:column-reverse}.row figcaption{margin:0 0 .35rem}
 .row~.row figcaption{position:absolute;clip-path:inset(50%)}
 .row img{max-height:7.4rem;object-fit:contain;object-position:0 0}.row:not(.row~.row)>p{padding-top:1.2rem}}
-figure img{width:100%;display:block;border-radius:5px}
 .strip{margin:1.2rem 0}.strip>div{display:flex;gap:.6rem;flex-wrap:wrap}.strip figure{width:9.3rem}
 .strip p{overflow-wrap:anywhere}
 .strip figcaption,.cards figcaption{line-height:1.3;padding-top:.25rem;font-size:.8rem;overflow-wrap:anywhere}
-.cards{display:grid;gap:1.2rem;grid-template-columns:repeat(auto-fill,minmax(min(46%,15rem),1fr))}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:.9rem;margin:.2rem 0}
-th{text-align:left;font-weight:500;color:var(--soft);font-size:.82rem;white-space:nowrap}
-td,th{padding:.4rem 1.2rem .4rem 0;border-bottom:1px solid var(--line);vertical-align:baseline;overflow-wrap:break-word}
+.cards{gap:1.2rem;grid-template-columns:repeat(auto-fill,minmax(min(46%,15rem),1fr))}
+table{margin:.2rem 0}
+td,th{vertical-align:baseline;overflow-wrap:break-word}
 td:last-child:not(.n){overflow-wrap:anywhere;min-width:8rem}
-.n{text-align:right;white-space:nowrap}td.n:last-child,th.n:last-child{padding-right:0}
 td:not(.n) .tag{margin:.05rem 0}
 @media(min-width:600px){.prose td:last-child{width:70%}}
 code{font:.85em ui-monospace,SFMono-Regular,Menlo,monospace;overflow-wrap:anywhere}
 pre{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem;overflow-x:auto;font-size:.8rem}
 iframe{width:100%;height:46rem;border:1px solid var(--line);border-radius:.5rem}
-details{margin:.4rem 0}summary{cursor:pointer;font-size:.9rem;color:var(--b);width:fit-content}
-@media(max-width:600px){main{padding:1.6rem 1rem 3rem}section{margin-top:2.4rem}td,th{padding-right:.8rem}
-th,th.n{white-space:normal}
-.prose thead{display:none}.prose tr{display:flex;flex-wrap:wrap;align-items:baseline;border-bottom:1px solid var(--line);
-padding:.35rem 0}.prose td{border:0;padding:.1rem .8rem .1rem 0}.prose td:last-child{flex-basis:100%}.prose td:empty{display:none}
+details{margin:.4rem 0}
+@media(max-width:600px){.prose thead{display:none}.prose tr{display:flex;flex-wrap:wrap;align-items:baseline;
+border-bottom:1px solid var(--line);padding:.35rem 0}.prose td{border:0;padding:.1rem .8rem .1rem 0}
+.prose td:last-child{flex-basis:100%}.prose td:empty{display:none}
 .health{flex-direction:column;gap:.4rem}.strip figure{width:calc(33.3% - .4rem)}}
-@media print{section{break-inside:auto}figure,.row{break-inside:avoid}}
+@media print{.row{break-inside:avoid}}
 """

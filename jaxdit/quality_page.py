@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from encode.page import fold
 from jaxdit import charts, judge, page
 
 HOW = ("own", "alone")
@@ -34,8 +35,8 @@ def write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         body += page.section("Through the training", _curves(rows), "Dashed: what real images score.")
     body += page.section("Pictures", _strips(out, newest["strips"]))
     for row in reversed(rows[:-1]):
-        body += page.fold(f"Step {row['step']:,}", _table(row) + _strips(out, row["strips"]))
-    body += page.fold("How it was judged", page.table(["", ""], [[name, newest[name]] for name in _HOW_IT_WAS]))
+        body += fold(f"Step {row['step']:,}", _table(row) + _strips(out, row["strips"]))
+    body += fold("How it was judged", page.table(["", ""], [[name, newest[name]] for name in _HOW_IT_WAS]))
     (out / "evaluation.html").write_text(page.page(title, body), encoding="utf-8")
 
 

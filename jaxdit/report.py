@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from encode.page import fold, tiles
+from encode.page import table as rich_table
 from encode.records import InputError, publish
 from jaxdit import health, report_pictures
 from jaxdit.charts import COLOURS, Line, chart, grid, stretches
 from jaxdit.facts import Facts, look
 from jaxdit.metrics import date, duration
-from jaxdit.page import amount, escape, fold, page, rich_table, section, size, table, tiles
+from jaxdit.page import amount, escape, page, section, size, table
 
 CHANGES = 24  # rows of a table of what changed
 CALM = {"young": "Too few rows to know what is usual.", "hairy": "Usual for small batches: nothing to do."}
