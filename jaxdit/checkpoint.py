@@ -51,6 +51,7 @@ class Checkpoints:
         self.folder = Path(workdir).resolve() / "checkpoints"
         self.every, self.keep = every, keep
         self.failures = 0  # saves in a row that did not land
+        self._begun = (self.folder.parent / "config.json").exists()
         processes.lead(self._sweep)  # of a process that was killed; the folder is locked, so not in use
         self._writer, self._landing = _writer(), None
         self._sealing, self._sealed = threading.Thread(), -1
@@ -79,6 +80,8 @@ class Checkpoints:
 
     def _make_room(self, step: int, needed: int) -> bool:
         """Whether the step is still to be written."""
+        if self._begun and not (self.folder.parent / "config.json").exists():
+            raise OSError(f"{self.folder.parent} is not where this run began any more: moved, deleted, not mounted?")
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.failures:  # on a full disk, the half that was written is what this save needs
             self._sweep()
@@ -239,7 +242,7 @@ class Checkpoints:
         # What has lost its state was a snapshot, perhaps by another checkpoint.every.
         snapshots = [step for step in self.steps("ema") if step % self.every == 0 or step not in resumable]
         first = {seal.saved_at(self.folder / str(step)) // HALF_DAY: step for step in reversed(resumable)}
-        whole = {*resumable[-self.keep :], *[step for _, step in sorted(first.items())[-HALF_DAYS:]]}
+        whole = {*resumable[-self.keep :], *list(first.values())[:HALF_DAYS]}  # by step, whatever the clock said
         wanted = whole.union(snapshots[-SNAPSHOTS:], (step for step in snapshots if step % LONG_INTERVAL == 0))
         for step in self.steps("ema"):
             if step not in wanted:

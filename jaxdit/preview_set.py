@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from encode import commandline
 from encode.records import InputError, publish, write_json
 from jaxdit import data, decode_previews, trained
 from jaxdit.orbax_log import first_line
@@ -45,6 +46,7 @@ def read(folder: Path, info: Mapping[str, Any], config: Any) -> FixedSet | None:
         with np.load(folder / "conditions.npz", allow_pickle=False) as stored:
             arrays = dict(stored)
         buckets, run, asked = arrays["bucket"].tolist(), str(arrays["run"]), str(arrays["asked"])
+        drawn = str(arrays["drawn"]) if "drawn" in arrays else _drawn(config)
         fixed = FixedSet(pictures, buckets, {name: arrays[name] for name in CONDITIONS})
         if {len(pictures)} != {len(values) for values in (buckets, *fixed.conditions.values())}:
             raise ValueError("previews.json and conditions.npz differ in length")
@@ -59,12 +61,17 @@ def read(folder: Path, info: Mapping[str, Any], config: Any) -> FixedSet | None:
             "Previews: sample.previews, prompts or references have changed since this run began; its pictures stay what they "
             "were, so that they can be compared. Remove %s to choose anew.", folder / "previews.json",
         )  # fmt: skip
+    if drawn != _drawn(config):
+        logging.warning(
+            "Previews: they were drawn with %s, now it is %s: what differs from now on is not what the model has learnt alone.",
+            drawn, _drawn(config),
+        )  # fmt: skip
     return fixed
 
 
 def choose(folder: Path, dataset: data.Dataset, config: Any) -> FixedSet:
     """Choose what is drawn, and keep it; previews.json, written last, says that both files are there."""
-    prompts, references = _own(config)
+    prompts, references = asked_for(config)
     given = len(prompts) or (len(references) if len(references) > 1 else 0)
     places = _places(dataset, given or config.sample.previews)
     rows = [dataset.records(bucket, [row])[0] for bucket, row, _ in places]
@@ -81,7 +88,7 @@ def choose(folder: Path, dataset: data.Dataset, config: Any) -> FixedSet:
     )
     temporary = folder / ".conditions.npz.tmp"
     with open(temporary, "wb") as file:
-        words = {"bucket": fixed.buckets, "run": _run(dataset.info), "asked": _asked(config)}
+        words = {"bucket": fixed.buckets, "run": _run(dataset.info), "asked": _asked(config), "drawn": _drawn(config)}
         np.savez_compressed(
             file, **fixed.conditions, **{name: np.array(value, np.str_) for name, value in words.items()}
         )
@@ -145,7 +152,7 @@ def _own_picture(k: int, places, rows, prompts, references, own):
     return {"prompt": prompt, "reference": reference, "note": " with ".join(notes)}, text, vision
 
 
-def _own(config: Any) -> tuple[list[str], list[str]]:
+def asked_for(config: Any) -> tuple[list[str], list[str]]:
     """The person's own sentences and references, or an InputError that names what is wrong."""
     prompts, references = [prompt.strip() for prompt in config.sample.prompts], list(config.sample.references)
     for number, prompt in enumerate(prompts):
@@ -157,6 +164,9 @@ def _own(config: Any) -> tuple[list[str], list[str]]:
             f"sample.prompts has {len(prompts)} sentences and sample.references {len(references)} pictures: give one picture "
             "for all, or one a sentence."
         )
+    for reference in references:
+        if not commandline.path_of(reference).is_file():
+            raise InputError(f"sample.references: {reference}: there is no such file.")
     wanted = max(len(prompts), len(references))
     if wanted > config.sample.previews:
         raise InputError(
@@ -197,6 +207,11 @@ def _run(info: Mapping[str, Any], **more: Any) -> str:
     """What is fixed for the life of a working folder, growth of the data included, which may bring a bucket."""
     fixed = {name: info[name] for name in ("fingerprint", "widths", "latent_mean", "latent_std")}
     return hashlib.sha256(json.dumps(fixed | more, sort_keys=True).encode()).hexdigest()
+
+
+def _drawn(config: Any) -> str:
+    names = ("steps", "text_guidance", "vision_guidance", "shift")
+    return ", ".join(f"sample.{name}={config.sample[name]:g}" for name in names)
 
 
 def _asked(config: Any) -> str:

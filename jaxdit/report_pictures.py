@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -82,26 +82,37 @@ def _newest(folder: Path, entry: dict[str, Any], step: int, beside: Path) -> str
     if entry.get("reference") and str(entry["reference"]) not in str(entry.get("note")):
         words += f'<p class="faint">reference: {escape(entry["reference"])}</p>'
     words = words or f"<p>{escape(entry['name'])}</p>"
-    return f"<figure>{_image(folder, entry['name'], step, NEWEST, beside)}{words}</figure>"
+    return f"<figure>{_image(folder, entry, step, NEWEST, beside)}{words}</figure>"
 
 
 def _row(folder: Path, entry: dict[str, Any], steps: Sequence[int], beside: Path) -> str:
     words = escape(entry.get("prompt") or entry.get("note") or entry["name"])
     cells = "".join(
-        f"<figure>{_image(folder, entry['name'], step, OLD, beside)}<figcaption>{step:,}</figcaption></figure>"
+        f"<figure>{_image(folder, entry, step, OLD, beside)}<figcaption>{step:,}</figcaption></figure>"
         for step in steps
     )
     return f'<div class="row"><p>{words}</p>{cells}</div>'
 
 
-def _image(folder: Path, name: str, step: int, side: int, beside: Path) -> str:
-    path = folder / str(step) / f"{name}.png"
+def _image(folder: Path, entry: Mapping[str, Any], step: int, side: int, beside: Path) -> str:
+    path = folder / str(step) / f"{entry['name']}.png"
     try:
+        if _of_another_set(path, entry):
+            return '<span class="none">of another set</span>'
         data = jpeg(_small(folder, path, step, side))
     except Exception as error:  # missing, cut, or no picture at all: Pillow raises many things
         return f'<span class="none">{"not drawn" if isinstance(error, FileNotFoundError) else "damaged"}</span>'
     where = _link(path, beside)
     return f'<a href="{where}"><img alt="" src="{data}"></a>'
+
+
+def _of_another_set(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether the picture was drawn before previews.json was chosen anew, for another sentence or reference."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        said = image.info
+    return any(said.get(key, entry.get(key)) != entry.get(key) for key in ("prompt", "reference", "note"))
 
 
 def _link(path: Path, beside: Path) -> str:

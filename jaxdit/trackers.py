@@ -80,10 +80,12 @@ class TensorBoard:
             self._file.close()
 
     def _open(self, step: int) -> None:
-        # TensorBoard reads the files of a folder in the order of their names.
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            # TensorBoard reads the files of a folder in the order of their names, and the clock may have stood ahead.
+            stamps = [path.name.split(".")[3] for path in self._folder.glob("events.out.tfevents.*.*")]
+            when = max([time.time(), *(int(stamp) + 1 for stamp in stamps if stamp.isdecimal())])
+            name = f"events.out.tfevents.{when:.6f}.{socket.gethostname()}.{os.getpid()}"
             self._file = open(self._folder / name, "ab", buffering=0)  # noqa: SIM115 held open for the length of the run
         except OSError as error:
             self._complain(error)

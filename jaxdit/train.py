@@ -31,6 +31,7 @@ from jaxdit import (
     optim,
     order,
     origin,
+    preview_set,
     previews,
     processes,
     programs,
@@ -88,7 +89,11 @@ def train(config: Any, workdir: str | Path) -> str:
     with contextlib.ExitStack() as held:
 
         def claim():
-            start = origin.look(config, dataset.info) if folder.is_new(workdir) else None
+            start = None
+            if folder.is_new(workdir):
+                if config.sample.previews > 0:
+                    preview_set.asked_for(config)  # what is wrong with it is said before anything is written
+                start = origin.look(config, dataset.info)
             held.enter_context(only_one(workdir))
             folder.claim(workdir, config, dataset.path, dataset.info, start)
 
@@ -118,7 +123,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     processes.lead(lambda: saver.give_way(needed))
     processes.lead(lambda: folder.check_space(workdir, 1 if saver.steps() else 2, needed))
 
-    known = json.loads(config.to_json_best_effort())
+    known = folder.in_full(json.loads(config.to_json_best_effort()))
     log = metrics.Metrics(workdir, step, wandb=config.metrics.wandb, config=known) if processes.first() else None
     rows = list(deque(metrics.rows(workdir), JUDGED))
     clock = metrics.Clock(
@@ -127,7 +132,9 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     )
     progress = Progress(config, log, clock, rows, saver, sum(map(len, dataset.train.values())))
     previewing = config.sample.previews > 0
+    began = time.monotonic()  # a person's own sentences are encoded first, which is not training
     pictures = previews.Previews(workdir, dataset, config, made.graph) if previewing and log else None
+    clock.skip(time.monotonic() - began)
     budget, stop, saved_at = Budget(config.train.eval_budget), processes.StopOnSignal(dataset.closing), time.monotonic()
     requests, stopping = processes.Requests(divided, everywhere), False
     micro_batches = config.train.batch_size // config.train.micro_batch
@@ -292,8 +299,8 @@ def begin(config, workdir, made, saver, devices):
     restored = saver.restore(*_split_ema(wanted))
     if restored is not None:
         step, rest, ema, kept = restored
-        now = json.loads(config.to_json_best_effort())
-        folder.refuse_fixed(saver.folder / str(step), folder.changed_fields(folder.as_of_now(kept["config"]), now))
+        now = folder.in_full(json.loads(config.to_json_best_effort()))
+        folder.refuse_fixed(saver.folder / str(step), folder.changed_fields(folder.in_full(kept["config"]), now))
         mesh.refuse_lost_card(kept.get("devices", ""))
         today = mesh.describe(devices, like=kept.get("devices", "1 device"))
         if kept.get("devices", today) != today:
@@ -334,10 +341,15 @@ def begin(config, workdir, made, saver, devices):
             shutil.copyfile(other / "metrics.jsonl", workdir / "metrics.jsonl")
         return step, rest | {"ema": ema}, kept
     if "init_from" in source:
-        named = source["init_from"]
-        _, params = checkpoint.restore_weights(
-            named["workdir"], wanted["params"], step=named["step"], raw=named["weights"] == "raw"
-        )
+        named, shapes = source["init_from"], wanted["params"]
+        try:
+            raw = named["weights"] == "raw"
+            _, params = checkpoint.restore_weights(named["workdir"], shapes, step=named["step"], raw=raw)
+        except InputError as error:
+            raise InputError(
+                f"train.init_from: {workdir} begins from step {named['step']} of {named['workdir']}, as it has saved none of its "
+                f"own. {error} Bring that step back there, or name a new --workdir and where the step is now."
+            ) from error
         return 0, jax.jit(made.state_of, out_shardings=lying, donate_argnums=0)(params), {}
     return 0, jax.jit(made.fresh, out_shardings=lying)(), {}
 

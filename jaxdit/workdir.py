@@ -53,7 +53,7 @@ def check(config: Any, devices: int) -> None:
         for name in names:
             if not c[section][name] > 0:
                 raise InputError(f"{section}.{name}={c[section][name]} must be above 0.")
-    for section in ("flow", "optim"):
+    for section in ("flow", "optim", "sample", "metrics"):
         for name, value in c[section].items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{section}.{name}={value} is not a finite number.")
@@ -155,7 +155,7 @@ def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any], 
             raise InputError(
                 f"model.patch={config.model.patch} does not divide the latent {info['latent']} of the bucket {name}."
             )
-    now = json.loads(config.to_json_best_effort())
+    now = in_full(json.loads(config.to_json_best_effort()))
     now["data"]["path"] = os.path.abspath(os.path.expanduser(config.data.path))
     dataset = json.loads(json.dumps(dataset))
     if is_new(workdir):
@@ -215,14 +215,17 @@ def _kept_dataset(workdir: Path) -> dict[str, Any]:
 
 def _begun_with(path: Path) -> dict[str, Any]:
     try:
-        return as_of_now(json.loads(path.read_text(encoding="utf-8")))
+        return in_full(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); restore it, or name a new --workdir.") from error
 
 
-def as_of_now(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration as it was kept; from before there was a choice of optimizers, it was AdamW."""
+def in_full(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration with whole paths; from before there was a choice of optimizers, it was AdamW."""
     config["optim"].setdefault("name", "adamw")
+    for name in ("init_from", "restore"):
+        if named := config["train"].get(name):
+            config["train"][name] = os.path.abspath(os.path.expanduser(named))
     return config
 
 

@@ -977,6 +977,9 @@ def test_a_configuration_from_before_the_choice_of_optimizers_is_told_what_to_ad
         ({"flow.std": float("nan")}, r"flow\.std=nan"),
         ({"flow.drop_both": -0.1, "flow.drop_text": 0.3}, r"flow\.drop_both, drop_text and drop_vision are \[-0\.1"),
         ({"checkpoint.minutes": float("nan")}, r"checkpoint\.minutes=nan"),
+        ({"sample.text_guidance": float("nan")}, r"sample\.text_guidance=nan is not a finite number"),
+        ({"metrics.watts": float("inf")}, r"metrics\.watts=inf is not a finite number"),
+        ({"sample.previews": 1, "sample.references": ("none.png",)}, r"none\.png: there is no such file"),
     ],
 )
 def test_numbers_that_contradict_or_mean_nothing_are_refused_before_anything_is_written(path, tmp_path, change, words):

@@ -306,24 +306,49 @@ def test_another_distance_keeps_the_averages_that_are_there(tmp_path, monkeypatc
     assert checkpoint.saved_steps(tmp_path, "ema") == [10, 20, 30, 63, 70]
 
 
+def save_on(workdir, *days):
+    """The steps that are kept of saves (step, day)."""
+    saver = checkpoint.Checkpoints(workdir, every=10**6, keep=1)
+    for step, day in days:
+        saver.save(step, *state_of(float(step)), {})
+        saver.wait()
+        saver._sealing.join()
+        path = saver.folder / str(step) / "seal.json"
+        records.write_json(path, records.read_json(path, "") | {"saved": 86_400.0 * day})
+    saver.wait()
+    saver.close()
+    return checkpoint.saved_steps(workdir)
+
+
 def test_a_copy_keeps_the_saves_of_each_half_day(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "HALF_DAYS", 4)  # the newest counts for one of today before its time is set
-
-    def save(workdir, *days):
-        saver = checkpoint.Checkpoints(workdir, every=10**6, keep=1)
-        for step, day in days:
-            saver.save(step, *state_of(float(step)), {})
-            saver.wait()
-            saver._sealing.join()
-            path = saver.folder / str(step) / "seal.json"
-            records.write_json(path, records.read_json(path, "") | {"saved": 86_400.0 * day})
-        saver.wait()
-        saver.close()
-        return checkpoint.saved_steps(workdir)
-
-    assert save(tmp_path / "run", (1, 1.0), (2, 1.1), (3, 1.5), (4, 1.6), (5, 2.1), (6, 2.2)) == [1, 3, 5, 6]
+    assert save_on(tmp_path / "run", (1, 1.0), (2, 1.1), (3, 1.5), (4, 1.6), (5, 2.1), (6, 2.2)) == [1, 3, 5, 6]
     shutil.copytree(tmp_path / "run", tmp_path / "copy", copy_function=shutil.copyfile)
-    assert save(tmp_path / "copy", (7, 2.3)) == [1, 3, 5, 7]
+    assert save_on(tmp_path / "copy", (7, 2.3)) == [1, 3, 5, 7]
+
+
+def test_a_clock_that_stood_ahead_does_not_keep_its_saves_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "HALF_DAYS", 4)
+    days = (4000.0, 4000.6, 4001.1, 1.0, 1.6, 2.1, 2.6)
+    assert save_on(tmp_path, *enumerate(days, 1)) == [4, 5, 6, 7]
+
+
+def test_a_folder_that_was_moved_away_is_not_saved_into(tmp_path, caplog):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text("{}")
+    saver = save_all(workdir, [10])
+    os.rename(workdir, tmp_path / "moved")
+    for step in (20, 30):
+        saver.save(step, *state_of(float(step)), {})
+    assert caplog.text.count("is not where this run began any more") == 2 and not workdir.exists()
+    with pytest.raises(checkpoint.SaveFailed, match="moved, deleted, not mounted"):
+        saver.save(40, *state_of(40.0), {})
+    os.rename(tmp_path / "moved", workdir)
+    saver.save(50, *state_of(50.0), {})
+    saver.wait()
+    saver.close()
+    assert checkpoint.saved_steps(workdir)[-1] == 50
 
 
 def test_a_save_that_lands_ends_the_row_of_failures(tmp_path):

@@ -145,6 +145,8 @@ def test_tensorboard_shows_numbers_changes_of_words_and_pictures(tmp_path):
     for step, verdict in ((10, "fine"), (20, "fine"), (30, "spike")):
         log.write(row(step, health=verdict, **{"eval/held_out/ema/text": None if step < 30 else 0.75}))
     log.close()
+    for file in (tmp_path / "tensorboard").glob("events*"):  # of a leg whose clock stood ahead
+        file.rename(file.with_name(re.sub(r"tfevents\.\d", "tfevents.9", file.name)))
     log = metrics.Metrics(tmp_path, 30)
     log.write(row(40, health="spike"))
     log.pictures(20, {"previews/00": np.full((24, 40, 3), (200, 30, 30), np.uint8)})

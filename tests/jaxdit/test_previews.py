@@ -198,6 +198,9 @@ def test_a_run_keeps_its_set_whatever_becomes_of_data_and_configuration(begin, d
         np.testing.assert_array_equal(again._fixed.conditions[name], values)
     asked = begin(prompts=("a red kite",))
     assert kept(asked) == before and "have changed since this run began" in caplog.text
+    caplog.clear()
+    begin(text_guidance=9.0)
+    assert "sample.text_guidance=1.5," in caplog.text and "sample.text_guidance=9," in caplog.text
 
 
 def test_a_folder_begun_anew_with_other_data_does_not_keep_the_set(begin, tmp_path):
@@ -474,7 +477,7 @@ def test_what_is_left_open_comes_from_the_data_set(dataset, begin, photographs, 
     ("changes", "words"),
     [
         ({"references": ("{}/cut.png",)}, r"sample\.references: .*cut\.png: "),
-        ({"references": ("{}/warm.png", "{}/none.png")}, r"none\.png: .*No such file"),
+        ({"references": ("{}/warm.png", "{}/none.png")}, r"none\.png: there is no such file"),
         ({"prompts": ("a", "b\udce9")}, "sentence 2, .*is not UTF-8"),
         ({"prompts": ("a", "  ")}, "sentence 2, '', is empty"),
         ({"prompts": ("a", "b", "c"), "references": ("x", "y")}, "3 sentences and sample.references 2 pictures"),

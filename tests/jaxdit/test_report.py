@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from work import calls
 
 from encode.records import InputError
@@ -221,6 +222,19 @@ def test_health_checkpoints_changes_and_origin_are_told(long):
     assert "800,000 to go on, to sample 4.5 MB" in said and "700,000 to sample 1.5 MB" in said
     assert "optim.peak_learning_rate 0.0003 0.0002" in said
     assert "Gate pass, step 5,000" in said and "100,000 images in 2 buckets, /photographs/256" in said
+
+
+def test_pictures_of_a_set_before_are_not_shown_as_those_of_this_one(tmp_path):
+    for step, prompt in ((4, "a boat"), (8, "another boat"), (12, "another boat")):
+        said = PngInfo()
+        for key, value in {"step": str(step), "prompt": prompt, "reference": "", "note": "own"}.items():
+            said.add_itxt(key, value)
+        (tmp_path / "previews" / str(step)).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "previews" / str(step) / "00.png", pnginfo=said)
+    rows = [{"name": "00", "prompt": "another boat", "reference": "", "note": "own"}]
+    (tmp_path / "previews" / "previews.json").write_text(json.dumps(rows))
+    html = report_pictures.previews(tmp_path, tmp_path)
+    assert html.count("<img") == 3 and html.count("of another set") == 1 and "4/00.png" not in html
 
 
 def test_previews_are_a_grid_that_leads_to_the_full_pictures(long):

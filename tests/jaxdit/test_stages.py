@@ -53,6 +53,13 @@ def test_a_stage_killed_before_its_first_checkpoint_begins_with_the_same_weights
     assert train.train(tiny(path, **stage), tmp_path / "cut") == "done"
     assert curve(tmp_path / "cut", "loss") == curve(tmp_path / "whole", "loss")
     assert curve(tmp_path / "cut", "loss") != curve(undisturbed, "loss")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints")
+    (tmp_path / "cut" / "saved.json").unlink()
+    origin = json.loads((tmp_path / "cut" / "origin.json").read_text())
+    origin["init_from"]["workdir"] = str(tmp_path / "moved")
+    (tmp_path / "cut" / "origin.json").write_text(json.dumps(origin))
+    with pytest.raises(InputError, match=r"train\.init_from: .*cut begins from step 20 of .*moved"):
+        train.train(tiny(path, **stage), tmp_path / "cut")
 
 
 def test_going_back_in_a_new_folder_is_the_same_run_from_that_step(path, undisturbed, tmp_path):
@@ -147,9 +154,12 @@ def test_going_back_may_change_the_learning_rate_but_not_the_model(path, undistu
     assert ours[:18] == theirs[:18] and ours[18] != theirs[18]
 
 
-def test_where_a_run_comes_from_is_fixed(path, undisturbed, tmp_path):
+def test_where_a_run_comes_from_is_fixed(path, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.chdir(undisturbed.parent)
+    train.train(tiny(path, **{"train.init_from": f"{undisturbed.name}/"}), tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
     stage = {"train.init_from": str(undisturbed)}
-    train.train(tiny(path, **stage), tmp_path / "run")
+    train.train(tiny(path, **stage), tmp_path / "run")  # the same folder, however it is written
     with pytest.raises(InputError, match=r"begun with train\.init_from=.*, now it is "):
         train.train(tiny(path), tmp_path / "run")
     with pytest.raises(InputError, match=r"a run starts from one of them"):

@@ -557,6 +557,14 @@ def _after(function, calls, act):
     return counting
 
 
+def test_encoding_sentences_of_one_s_own_is_not_a_rate_of_training(path, tmp_path, monkeypatch):
+    skipped, before = [], metrics.Clock.skip
+    monkeypatch.setattr(metrics.Clock, "skip", lambda clock, seconds: skipped.append(seconds) or before(clock, seconds))
+    monkeypatch.setattr(train.previews, "Previews", lambda *_: time.sleep(0.5))
+    train.train(tiny(path, **{"sample.previews": 1, "train.total_steps": 1, "optim.warmup_steps": 0}), tmp_path / "run")
+    assert skipped[0] >= 0.5
+
+
 def test_an_implicit_copy_between_host_and_device_is_an_error(path, tmp_path, monkeypatch):
     double = jax.jit(lambda x: 2 * x)
     judge = train.health.judge
