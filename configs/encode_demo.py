@@ -24,6 +24,7 @@ def get_config(arg=None):
     config.decode_seconds = 60.0  # a file that takes longer is quarantined
     config.decode_memory = 4096  # MiB; so is one that takes more
     config.flip = True  # encode mirror images with swapped captions as well
+    config.accept_captions = False  # encode the shards again whose captions were mended since
     config.engine = "local"  # or "ray": many machines, docs/many_machines.md says how and what the next line means
     config.ray = ConfigDict({"actors": 0, "gpus": -1.0, "cpus": 0})
 

@@ -21,7 +21,7 @@ from encode.progress import amount, kind_of, span
 from encode.workers import Workers
 
 SAMPLE, PATIENCE = 200, 120.0  # pictures encoded to measure, in so many seconds at most; the first batch warms up
-NAMED = 10  # refused inputs shown
+NAMED, EACH = 20, 2  # refused inputs shown; of each reason, where there are more
 
 
 def estimate(config: Any, encoders: pipeline.Encoders, stop: Callable[[], bool] = lambda: False) -> str:
@@ -43,7 +43,7 @@ def estimate(config: Any, encoders: pipeline.Encoders, stop: Callable[[], bool] 
         for size in plan_rules.targets(config, context.cells, shape, (width, height))[0]:
             written[size] += 1
     lines = [
-        "Dry run: nothing was written.",
+        "Dry run: nothing was written; what is damaged inside a picture is found when it is encoded.",
         f"Pictures   {len(entries):,} to encode, {len(plan['quarantine']):,} inputs refused so far"
         + (f"; {len(entries) - left:,} are encoded already" if left < len(entries) else ""),
         *_refused(plan["quarantine"]),
@@ -100,8 +100,12 @@ def _refused(rows: Sequence[Mapping[str, str]]) -> list[str]:
     lines = [f"  {count:>8,}  {kind}" for kind, count in kinds]
     others = len(rows) - sum(count for _, count in kinds)
     lines += [f"  {others:>8,}  for other reasons"] if others else []
-    lines += [f"            {_printable(row['file'])}: {_printable(row['reason'])}" for row in rows[:NAMED]]
-    return lines + ([f"            and {len(rows) - NAMED:,} more"] if len(rows) > NAMED else [])
+    of_kind: dict[str, list] = {}
+    for row in rows:
+        of_kind.setdefault(kind_of(row["reason"]), []).append(row)
+    shown = [row for some in of_kind.values() for row in some[:EACH]][:NAMED] if len(rows) > NAMED else rows
+    lines += [f"            {_printable(row['file'])}: {_printable(row['reason'])}" for row in shown]
+    return lines + ([f"            and {len(rows) - len(shown):,} more"] if len(rows) > len(shown) else [])
 
 
 def _printable(words: str) -> str:

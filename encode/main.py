@@ -35,10 +35,16 @@ def main(config: Any, dry_run: bool = False) -> int:
     from encode import estimate, pipeline  # PyTorch takes seconds to import: not before the call is known to be right
 
     try:
+        encoders = load(config)
+    except InputError:  # what the photographs lack is known without a download
+        found = source.walk(commandline.path_of(config.images), commandline.path_of(config.out))
+        print(f"{len(found.items):,} pictures with captions, {len(found.problems):,} inputs refused so far.")
+        raise
+    try:
         if dry_run:
-            print(estimate.estimate(config, load(config), asked.is_set))
+            print(estimate.estimate(config, encoders, asked.is_set))
             return 0
-        summary = pipeline.run(config, load(config), asked.is_set)
+        summary = pipeline.run(config, encoders, asked.is_set)
     except pipeline.Stopped:
         return commandline.fail(
             "stopped as asked; finished shards are on disk, the same command goes on from there.", 3

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from encode import images, prepare, records
+from encode import images, prepare, recaption, records
 from encode import plan as plan_rules
 from encode.finish import finish, is_finished
 from encode.plan import Stopped
@@ -182,19 +182,27 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
         known = plan | {"written": path.stat().st_mtime_ns}
         again = plan_rules.retried(config, known, parts, collection)
         refused = plan_rules.refusals(known, parts)
-        new = plan_rules.added(config, folder, out, plan, collection, refused, again)
-        if not new:
+        changed = recaption.changed(config, plan, collection, refused)
+        unfinished: list[Path] = []
+        if changed:
+            changes, unfinished = recaption.accept(config, out, plan, collection, changed, refused)
+            plan |= changes
+        new = plan_rules.added(folder, out, plan, collection, refused, again)
+        if not new and not changed:
             return plan
-        before = plan["inputs"].keys()
-        plan |= plan_rules.grow(config, plan, new, workers, stop)
+        before = plan["inputs"].keys() - set(changed)
+        if new:
+            plan |= plan_rules.grow(config, plan, new, workers, stop)
     else:
-        before, plan = (), {"schema": records.SCHEMA, "fingerprint": wanted}
+        before, unfinished, plan = (), [], {"schema": records.SCHEMA, "fingerprint": wanted}
         plan |= plan_rules.make_plan(config, collection, workers, stop)
         plan["vision_width"] = plan["vision_width"] or encoders.vision.width
     # Before the plan is stored: from then on captions must stay what they are.
     added = {entry[0] for shard in plan["shards"] for entry in shard["items"]}.difference(before)
     _check_words(config, encoders, [item for item in collection.items if item.id in added])
     if keep:
+        for file in unfinished:  # before the plan: killed in between, the same call begins them again
+            file.unlink(missing_ok=True)
         (out / "parts").mkdir(exist_ok=True)
         records.write_json(path, plan)
     return plan

@@ -25,7 +25,17 @@ from encode.workers import Workers
 log = logging.getLogger(__name__)
 # May change while a run goes on: they decide how fast it is, and which files fail, but not what a record holds.
 FREE = ("images", "out", "batch_size", "vae.path", "text.path", "vision.path")
-FREE += ("decode_workers", "decode_seconds", "decode_memory", "device", "engine", "ray.actors", "ray.gpus", "ray.cpus")
+FREE += (
+    "decode_workers",
+    "decode_seconds",
+    "decode_memory",
+    "device",
+    "engine",
+    "accept_captions",
+    "ray.actors",
+    "ray.gpus",
+    "ray.cpus",
+)
 HEADERS = 32  # headers that a worker reads at a time
 Sizes = dict[str, tuple[int, int]]
 
@@ -145,7 +155,7 @@ def _stamp(item: Item) -> list[int]:
     for path in item.files:
         with contextlib.suppress(OSError):
             changed = max(changed, path.stat().st_mtime_ns, path.stat().st_ctime_ns)
-    return [_bytes(item.path), changed]
+    return [size_of(item.path), changed]
 
 
 def _reads(item: Item, vectors: bool) -> bool:
@@ -181,12 +191,13 @@ def _inputs(config: Any, items: Sequence[Item]) -> dict:
     must not be mirrored."""
     return {
         "inputs": {item.id: item.caption(config.seed) for item in items},
-        "bytes": {item.id: _bytes(item.path) for item in items},
+        "bytes": {item.id: size_of(item.path) for item in items},
         "unflipped": sorted(item.id for item in items if not item.flip),
     }
 
 
-def _bytes(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Bytes of a file; -1 where it is gone."""
     try:
         return path.stat().st_size
     except OSError:
@@ -333,7 +344,8 @@ def refuse_difference(out: Path, stored: Mapping[str, Any], wanted: Mapping[str,
                 "What is encoded stays; to go on with it or add to it, check out that version, or choose a new config.out."
             )
         raise InputError(
-            f"{out} was begun with another configuration: {listed}. Set it back, or choose a new config.out."
+            f"{out} was begun with another configuration: {listed}. Set it back, or choose a new folder "
+            "(config.out, the quickstart's --out)."
         )
 
 
@@ -345,13 +357,7 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def added(
-    config: Any,
-    folder: Path,
-    out: Path,
-    plan: Mapping,
-    collection: Collection,
-    refused: Container[str],
-    again: set[str],
+    folder: Path, out: Path, plan: Mapping, collection: Collection, refused: Container[str], again: set[str]
 ) -> list[Item]:
     """Pictures that the plan does not know yet, and those that are to be tried again.
 
@@ -359,21 +365,12 @@ def added(
     none, and may change as it likes.
 
     Raises:
-      InputError: a picture has another caption than the one it is planned with.
+      InputError: the photographs of another folder.
     """
-    stored, unflipped = plan["inputs"], set(plan["unflipped"])
+    stored = plan["inputs"]
     known = [item for item in collection.items if item.id in stored]
-    now = {item.id: (item.caption(config.seed), item.flip) for item in known}
-    changed = [
-        name for name, value in now.items() if value != (stored[name], name not in unflipped) and name not in refused
-    ]
-    if changed:
-        raise InputError(
-            f"{folder}: {len(changed)} pictures have another caption, or flip, than {out} was begun with (the first: "
-            f"{changed[0]}). Put it back to go on, or encode all of it into a new config.out; nothing was changed."
-        )
     planned = {entry[0] for shard in plan["shards"] for entry in shard["items"] if entry[0] not in refused}
-    others = [item.id for item in known if item.id in planned and plan["bytes"][item.id] != _bytes(item.path)]
+    others = [item.id for item in known if item.id in planned and plan["bytes"][item.id] != size_of(item.path)]
     there = {item.id for item in collection.items}
     apart = planned and not planned & there and there - stored.keys()
     if apart and not any(os.path.lexists(folder / name) for name in planned):  # one without a caption is there as well
@@ -390,4 +387,6 @@ def added(
         if names:
             words = "%d pictures of %s %s (the first: %s); what is encoded of them stays as it is."
             log.warning(words, len(names), out, what, names[0])
+    if planned - there and there - stored.keys():
+        log.warning("Pictures that were only renamed are in it twice from now on; a new config.out has them once.")
     return [item for item in collection.items if item.id not in stored or item.id in again]

@@ -311,7 +311,7 @@ def _sentences(note: Mapping[str, Any]) -> list[str]:
     sides, light = note["sides"], note["light"]
     said = [
         f"{note['count']} of {note['of']} images chosen: {sides['left']} captions name the left first, {sides['right']} the "
-        f"right, {sides['none']} no side.",
+        f"right, {sides['none']} no side that can be exchanged (unflipped.jsonl of the encoded folder says why).",
         f"Light: it spreads {light['spread_of_chosen']:.2f} robust deviations, {light['spread_of_all']:.2f} in the whole set.",
     ]
     if light["widened"]:

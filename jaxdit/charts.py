@@ -215,7 +215,7 @@ def _limits(found: Sequence[tuple[Line, Thinned]], log: bool, zero: bool) -> tup
     low = least if low - least < 0.5 * (high - low) else low
     high = most if most - high < 0.5 * (high - low) else high
     low = min(low, 0.0) if zero else low
-    spread = max(high - low, 1e-3 * abs(high), 1e-12)
+    spread = max(high - low, 1e-3 * abs(high)) or 0.01
     return (low if zero else low - 0.06 * spread), high + 0.06 * spread
 
 

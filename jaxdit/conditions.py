@@ -189,13 +189,16 @@ class _Work:
             why = f"the data set {path} cannot be asked for an image of this name ({error})"
         else:
             why = f"no image of this name in the data set {path}"
+        by_file = {image.rsplit("/", 1)[-1]: image for image in places}
         for name in names:
             if name.removeprefix(ID) in places:
                 bucket, row = places[name.removeprefix(ID)]
                 self.found["vision", name] = np.asarray(source.records(bucket, [row])[0]["vision"], np.float32)
             else:
-                file = "" if commandline.path_of(name.removeprefix(ID)).is_file() else "no such file, and "
-                self._fail("vision", name, wheres[name], file + why)
+                given = commandline.path_of(name.removeprefix(ID))
+                file = "" if given.is_file() else "that is a folder, and " if given.is_dir() else "no such file, and "
+                near = f"; is it {by_file[given.name]}?" if given.name in by_file else ""
+                self._fail("vision", name, wheres[name], file + why + near)
 
     def _vector(self, path: Path) -> np.ndarray:
         try:

@@ -24,34 +24,34 @@ UTILISATION = 0.5
 REACHED = {"H100": 0.32, "H200": 0.32}
 
 # Dense tensor-core peaks in TFLOP/s by JAX's device_kind: (bfloat16 with float32 sums, TF32: JAX's float32 products run in
-# it, GB of memory, the least that is sold under the name). From NVIDIA's white papers "Ada GPU Architecture", "Ampere GA102",
-# "A100 Tensor Core GPU", "H100 Tensor Core GPU", "RTX Blackwell GPU Architecture", and its data sheets of L4, L40, L40S, RTX 6000
-# Ada, H100 NVL, H200 and B200 (half of the numbers that are given with sparsity).
+# it, GB of memory, the least that is sold under the name, W that it draws at most, as a module where there are both). From
+# NVIDIA's white papers "Ada GPU Architecture", "Ampere GA102", "A100 Tensor Core GPU", "H100 Tensor Core GPU", "RTX Blackwell GPU
+# Architecture", and its data sheets of L4, L40, L40S, RTX 6000 Ada, H100 NVL, H200 and B200 (half of those with sparsity).
 PEAKS = (
-    (r"(GeForce )?RTX 5090", 209.5, 104.8, 32),
-    (r"(GeForce )?RTX 5080", 112.6, 56.3, 16),
-    (r"(GeForce )?RTX 4090", 165.2, 82.6, 24),
-    (r"(GeForce )?RTX 4080 SUPER", 104.4, 52.2, 16),
-    (r"(GeForce )?RTX 4080", 97.5, 48.7, 16),
-    (r"(GeForce )?RTX 3090 Ti", 80.0, 40.0, 24),
-    (r"(GeForce )?RTX 3090", 71.0, 35.6, 24),
-    (r"(GeForce )?RTX 3080", 59.5, 29.8, 10),
-    (r"RTX A6000", 154.8, 77.4, 48),
-    (r"RTX 6000 Ada Generation", 364.2, 182.1, 48),
-    (r"L40S", 362.0, 183.0, 48),
-    (r"L40", 181.0, 90.5, 48),
-    (r"L4", 121.0, 60.0, 24),
-    (r"A10", 125.0, 62.5, 24),
-    (r"A40", 149.7, 74.8, 48),
-    (r"A100[- ](.*[- ])?80GB( .*)?", 312.0, 156.0, 80),
-    (r"A100([- ].*)?", 312.0, 156.0, 40),
-    (r"H100 PCIe", 756.0, 378.0, 80),
-    (r"H100 NVL", 835.0, 417.0, 94),
-    (r"H100( .*)?", 989.4, 494.7, 80),
-    (r"H200 NVL", 835.0, 417.0, 141),
-    (r"H200( .*)?", 989.4, 494.7, 141),
-    (r"GH200.*", 989.4, 494.7, 96),
-    (r"B200( .*)?", 2250.0, 1125.0, 180),
+    (r"(GeForce )?RTX 5090", 209.5, 104.8, 32, 575),
+    (r"(GeForce )?RTX 5080", 112.6, 56.3, 16, 360),
+    (r"(GeForce )?RTX 4090", 165.2, 82.6, 24, 450),
+    (r"(GeForce )?RTX 4080 SUPER", 104.4, 52.2, 16, 320),
+    (r"(GeForce )?RTX 4080", 97.5, 48.7, 16, 320),
+    (r"(GeForce )?RTX 3090 Ti", 80.0, 40.0, 24, 450),
+    (r"(GeForce )?RTX 3090", 71.0, 35.6, 24, 350),
+    (r"(GeForce )?RTX 3080", 59.5, 29.8, 10, 320),
+    (r"RTX A6000", 154.8, 77.4, 48, 300),
+    (r"RTX 6000 Ada Generation", 364.2, 182.1, 48, 300),
+    (r"L40S", 362.0, 183.0, 48, 350),
+    (r"L40", 181.0, 90.5, 48, 300),
+    (r"L4", 121.0, 60.0, 24, 72),
+    (r"A10", 125.0, 62.5, 24, 150),
+    (r"A40", 149.7, 74.8, 48, 300),
+    (r"A100[- ](.*[- ])?80GB( .*)?", 312.0, 156.0, 80, 400),
+    (r"A100([- ].*)?", 312.0, 156.0, 40, 400),
+    (r"H100 PCIe", 756.0, 378.0, 80, 350),
+    (r"H100 NVL", 835.0, 417.0, 94, 400),
+    (r"H100( .*)?", 989.4, 494.7, 80, 700),
+    (r"H200 NVL", 835.0, 417.0, 141, 600),
+    (r"H200( .*)?", 989.4, 494.7, 141, 700),
+    (r"GH200.*", 989.4, 494.7, 96, 900),
+    (r"B200( .*)?", 2250.0, 1125.0, 180, 1000),
 )
 
 
@@ -64,7 +64,7 @@ def peak_flops(device_kind: str, dtype: str, count: int = 1) -> float | None:
       count: number of devices.
     """
     if found := _card(device_kind):
-        _, bfloat16, tf32, _ = found
+        _, bfloat16, tf32, *_ = found
         return count * 1e12 * (bfloat16 if dtype == "bfloat16" else tf32)
     return None
 
@@ -72,7 +72,13 @@ def peak_flops(device_kind: str, dtype: str, count: int = 1) -> float | None:
 def card_gb(device_kind: str) -> int | None:
     """GB of a card's memory, the least that is sold under the name; None where the card is not known."""
     found = _card(device_kind)
-    return found[-1] if found else None
+    return found[3] if found else None
+
+
+def card_watts(device_kind: str) -> float | None:
+    """What a card draws at most; None where it is not known."""
+    found = _card(device_kind)
+    return found[4] if found else None
 
 
 def utilisation(device_kind: str) -> float:
@@ -80,7 +86,7 @@ def utilisation(device_kind: str) -> float:
     return next((share for card, share in REACHED.items() if card in device_kind), UTILISATION)
 
 
-def _card(device_kind: str) -> tuple[str, float, float, int] | None:
+def _card(device_kind: str) -> tuple[str, float, float, int, int] | None:
     name = device_kind.strip().removeprefix("NVIDIA ")
     return next((row for row in PEAKS if re.fullmatch(row[0], name)), None)
 

@@ -21,7 +21,6 @@ from jaxdit.wishes import Wish
 JUDGED = 100  # images of the swap test, as in the gate
 PROMPTS, SEEDS = 16, 4  # sentences whose pictures must differ, and how many of each
 REFERENCE = 5_000  # real images that the samples are compared with, at most
-FEWEST = 12  # that two sets can be compared of
 PAIRS, FEW = 6, 4  # pictures beside their nearest training images, and beside the image of their caption
 
 
@@ -132,10 +131,10 @@ def _questions(examples: Sequence[judge.Example]) -> tuple[judge.Questions | Non
 def _usual(exam: Exam) -> dict[str, Any]:
     """What real images score: two halves of them, as many training images as there are samples, pairs, CLIP."""
     real, found = real_vectors(exam), {}
-    if len(real) >= FEWEST:
+    if len(real) >= quality.FEWEST:
         found["halves"] = quality.compare(real[::2], real[1::2])
         found["apart"] = quality.apart(real)
-    if exam.held_out and min(len(real), len(exam.training.places)) >= FEWEST:
+    if exam.held_out and min(len(real), len(exam.training.places)) >= quality.FEWEST:
         found["training"] = quality.compare(real, _some(exam.training.vectors[:, 0], len(exam.prompts)))
     if exam.clip is not None:
         found["clip"] = float(exam.clip.score(exam.pixels, [prompt["caption"] for prompt in exam.prompts]).mean())
@@ -238,7 +237,7 @@ def draw(exam: Exam, run: trained.Trained, places, texts, visions, seeds, tell) 
 
 def _compared(exam: Exam, seen: Seen) -> dict[str, Any] | None:
     real = real_vectors(exam)
-    if seen.vectors is None or min(len(real), len(seen.vectors)) < FEWEST:
+    if seen.vectors is None or min(len(real), len(seen.vectors)) < quality.FEWEST:
         return None
     return quality.compare(real, seen.vectors)
 

@@ -33,7 +33,7 @@ def write(
 
 def head(result: Mapping[str, Any]) -> str:
     """The verdict in words, what went wrong, and what to do."""
-    words = f"Step {result['step']:,}, {result['images']} {result['rule']}."
+    words = f"{reached(result)}, {result['images']} {result['rule']}."
     if "averaged" in result:
         numbers = result["averaged"]
         words += (
@@ -52,6 +52,12 @@ def head(result: Mapping[str, Any]) -> str:
     if result["advice"]:
         lines.append("<ul>" + "".join(f"<li>{page.escape(line)}</li>" for line in result["advice"]) + "</ul>")
     return "".join(lines)
+
+
+def reached(result: Mapping[str, Any]) -> str:
+    """Which step was judged, and whether the training had ended."""
+    step, total = result["step"], result["total_steps"]
+    return f"Step {step:,}" + (f" of {total:,} (the training has not ended)" if step < total else "")
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -74,7 +80,7 @@ def table(result: Mapping[str, Any]) -> str:
         ]
         for name, effect in result["averaged"]["effects"].items()
     ]
-    leaks = result["averaged"]["leaks"]
+    leaks = {name: round(value, 2) + 0.0 for name, value in result["averaged"]["leaks"].items()}  # no -0%
     note = (
         "<p>0 is nothing and 1 is all of the way; in brackets the 95% interval of the mean. What should "
         "stay: an exchanged vector takes the "

@@ -133,7 +133,10 @@ def questions(examples: Sequence[Example]) -> Questions:
         said = np.flatnonzero(captions != captions[partners])
         exchanged = [examples[k].record["text"] for k in partners]
         goals = [examples[k].pixels for k in partners]
-        by = f"whole captions exchanged between {len(said)} images, because only {sided.sum()} captions name a side"
+        by = (
+            f"whole captions exchanged between {len(said)} images, because only {sided.sum()} captions name a side that can be "
+            "exchanged"
+        )
     return Questions(pairs, thirds, lit, exchanged, goals, partners, said, by)
 
 

@@ -28,7 +28,7 @@ def warmup_updates(warmup_steps: int | None, total_steps: int) -> int:
     if warmup_steps > total_steps // 10:
         raise ValueError(
             f"optim.warmup_steps={warmup_steps} is more than a tenth of train.total_steps={total_steps}; take at most "
-            f"{total_steps // 10}, or None for min(5,000, total // 10)."
+            f"{total_steps // 10}, or leave it out, which is min(5,000, total // 10)."
         )
     return warmup_steps
 

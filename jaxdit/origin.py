@@ -125,8 +125,11 @@ def check_gate(wanted: str, dataset: Mapping[str, Any]) -> tuple[dict[str, Any] 
         raise InputError(f"train.gate={path}: no gate.json that jaxdit.validate wrote ({error}).") from error
     if verdict != "pass":
         failed = ", ".join(gate.get("failed", ())) or gate.get("reason", "")
+        newest = checkpoint.saved_steps(path.parent.parent, "ema")[-1:]
+        stale = newest and newest[0] > gate.get("step", newest[0])
+        again = f" It judged step {gate['step']}, and step {newest[0]} is saved: judge that one." if stale else ""
         raise InputError(
-            f"train.gate={path}: its verdict is {verdict} ({failed}); look at gate.html beside it before anything bigger."
+            f"train.gate={path}: its verdict is {verdict} ({failed}); look at gate.html beside it before anything bigger.{again}"
         )
     if gate.get("model_code") not in (model_code(), model_code(ast.dump)):  # the latter until November 2026
         raise InputError(

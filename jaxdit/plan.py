@@ -138,7 +138,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("device", None, f"The card, as JAX names it; by default {CARD}.")
     flags.DEFINE_integer("cards", None, "How many of them; the configuration's micro-batch is all of theirs together.")
-    flags.DEFINE_float("watts", None, "What one draws; by default the configuration's metrics.watts, or 450.")
+    flags.DEFINE_float(
+        "watts", None, "What one draws; by default what --device does, or the configuration's metrics.watts."
+    )
     flags.DEFINE_integer("resolution", None, "Of the pictures, where no data set says so.")
     flags.DEFINE_bool("measure", False, "Run twenty real updates a bucket on the device at hand.")
 
@@ -183,7 +185,8 @@ def plan(
         raise InputError(str(error)) from error
     stages = read_stages(config, name, resolution)
     given = next(stage for stage in stages if stage.name == name)
-    watts = (jax.device_count() if real else cards or 1) * (watts or config.get("metrics", {}).get("watts", WATTS))
+    watts = watts or (device and estimate.card_watts(device)) or config.get("metrics", {}).get("watts", WATTS)
+    watts *= jax.device_count() if real else cards or 1
     found = measure.measure(config, given.buckets, given.widths) if real else {}
     return forecast.screen(stages, given, look_at(device or CARD, memory_gb, config, real, cards or 1), watts, found)
 

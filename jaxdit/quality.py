@@ -117,7 +117,9 @@ def compare(real: np.ndarray, drawn: np.ndarray) -> dict[str, float | None]:
 
 
 def apart(vectors: np.ndarray) -> float:
-    """Mean distance between two different rows of [n, width]."""
+    """Mean distance between two different rows of [n, width]; nan of fewer than two."""
+    if len(vectors) < 2:
+        return float("nan")
     return float(distance.pdist(np.asarray(vectors, np.float64)).mean())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from encode.page import fold
-from jaxdit import charts, judge, page
+from jaxdit import charts, judge, page, quality
 
 HOW = ("own", "alone")
 NAMES = {"own": "caption and vector", "alone": "caption alone"}
@@ -61,7 +61,8 @@ def findings(row: Mapping[str, Any]) -> list[str]:
             + (
                 "they were precomputed, and nobody knows by which model."
                 if "vectors" not in row["memory"]["own"]
-                else "there are too few images."
+                else f"there are too few images ({quality.FEWEST} are needed, and as many pictures, which data.holdout_fraction "
+                "of a new run can hold out)."
             )
         )
     else:
@@ -188,13 +189,17 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
             found.append(np.nan if value is None else float(value))
         return np.array(found)
 
-    def both(title: str, measure: str, log: bool = False) -> str:
-        drawn = [charts.Line(NAMES[name], values(name, measure), colour) for name, colour in zip(HOW, "ab")]
-        usual = "training" if "training" in rows[-1]["usual"] else "halves"
-        dashed = charts.Line(_USUAL[usual], values("usual", usual, measure), "c", dash=True)
-        return charts.chart(title, steps, [*drawn, dashed], log=log)
+    def beside(title: str, drawn: list[charts.Line], usual: charts.Line, **how: bool) -> str:
+        """The model's curves, and dashed what real images score, which alone would be taken for the model's."""
+        known = any(np.isfinite(line.values).any() for line in drawn)
+        return charts.chart(title, steps, [*drawn, usual], **how) if known else ""
 
-    parts = [both(words.split(":")[0].capitalize(), name, log=name == "frechet") for name, words in MEASURES.items()]
+    usual = "training" if "training" in rows[-1]["usual"] else "halves"
+    parts = []
+    for name, words in MEASURES.items():
+        drawn = [charts.Line(NAMES[way], values(way, name), colour) for way, colour in zip(HOW, "ab")]
+        real = charts.Line(_USUAL[usual], values("usual", usual, name), "c", dash=True)
+        parts.append(beside(words.split(":")[0].capitalize(), drawn, real, log=name == "frechet"))
     for title, key in (
         ("Nearer to a training image than real ones", "nearer"),
         ("Copies of training images", "copies"),
@@ -213,9 +218,9 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
     apart = [
         charts.Line("one caption", values("diversity", "one_prompt"), "a"),
         charts.Line("different captions", values("diversity", "all_prompts"), "b"),
-        charts.Line("real images", values("usual", "apart"), "c", dash=True),
     ]
-    parts.append(charts.chart("Distance between pictures", steps, apart, zero=True))
+    real = charts.Line("real images", values("usual", "apart"), "c", dash=True)
+    parts.append(beside("Distance between pictures", apart, real, zero=True))
     split = "held_out" if rows[-1]["held_out"] else "training"
     losses = [
         charts.Line(words, values("loss", f"{split}/{name}"), "abcd"[k])
@@ -223,9 +228,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     parts.append(charts.chart(f"Loss of {split.replace('_', '-')} images, given", steps, losses))
     clip = [charts.Line(NAMES[name], values("clip", name), colour) for name, colour in zip(HOW, "ab")]
-    parts.append(
-        charts.chart("CLIP score", steps, [*clip, charts.Line("real images", values("usual", "clip"), "c", dash=True)])
-    )
+    parts.append(beside("CLIP score", clip, charts.Line("real images", values("usual", "clip"), "c", dash=True)))
     return charts.grid(*parts)
 
 

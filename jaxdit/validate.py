@@ -166,6 +166,7 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
         "advice": [],
         "rule": rule,
         "step": averaged.step,
+        "total_steps": averaged.config["train"]["total_steps"],
         "images": len(examples),
         "exchange": asked.by if asked else "",
     }
@@ -291,7 +292,7 @@ def main() -> int:
         return commandline.fail(
             f"the gate could not judge ({type(error).__name__}); of the model that says nothing.", 2
         )
-    print(f"The gate: {result['verdict']}. Look at {out / 'gate.html'}")
+    print(f"The gate: {result['verdict']}. {gate_page.reached(result)}. Look at {out / 'gate.html'}")
     if "reason" in result:
         print(result["reason"])
     for name in result["failed"]:

@@ -68,7 +68,8 @@ if [ -z "$images" ]; then
 else
   own=yes
 fi
-stage "encode" $python -m encode.main --config=configs/encode_demo.py --config.images="$images" --config.out="$out/encoded"
+stage "encode" $python -m encode.main --config=configs/encode_demo.py --config.images="$images" --config.out="$out/encoded" \
+  --config.accept_captions=True
 
 # Photographs that came since the training began are taken in.
 training=(--config=configs/quickstart.py --workdir="$out/run" --config.data.path="$out/encoded/128" --config.data.accept_growth=True)

@@ -77,7 +77,7 @@ def test_the_command_prints_it(tmp_path):
     command = [sys.executable, "-m", "encode.main", f"--config.images={images}", f"--config.out={tmp_path / 'out'}"]
     done = subprocess.run([*command, "--dry_run"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Dry run: nothing was written.\nPictures   3 to encode")
+    assert re.match(r"Dry run: nothing was written; .*\nPictures   3 to encode", done.stdout)
     assert not (tmp_path / "out").exists()
     done = subprocess.run([*command[:3], "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--[no]dry_run" in done.stdout
@@ -102,9 +102,11 @@ def test_a_disk_that_is_too_small_and_an_odd_name_are_told(tmp_path):
     assert len(estimate._disk(context, {128: 3}, {128: 1_000.0})) == 1
     assert estimate._disk(context, {128: 3}, {128: 1e18})[-1].strip() == "which is not enough."
     row = {"stage": "decode", "reason": "empty", "file": "a\n\x1b[2J.png"}
-    lines = estimate._refused([row] * 12)
-    assert len(lines) == 1 + 10 + 1 and lines[-1].strip() == "and 2 more"
-    assert lines[1].strip() == "a\\x0a\\x1b[2J.png: empty"
+    assert len(estimate._refused([row] * 20)) == 1 + 20
+    lines = estimate._refused([row] * 22 + [row | {"file": "b.png", "reason": "no caption"}])
+    assert len(lines) == 2 + 2 + 1 + 1 and lines[-1].strip() == "and 20 more"  # each reason is shown
+    assert "b.png: no caption" in lines[-2]
+    assert lines[2].strip() == "a\\x0a\\x1b[2J.png: empty"
 
 
 def test_the_first_batch_and_a_short_one_do_not_count_for_the_speed(tmp_path, monkeypatch):

@@ -297,6 +297,41 @@ def test_another_caption_is_refused_by_name_and_nothing_is_changed(tmp_path):
     assert fakes.tree(tmp_path / "out") == before
 
 
+def test_mended_captions_are_taken_where_asked_and_only_their_shards_are_written_again(tmp_path):
+    images, out = fakes.photographs(tmp_path / "in", 12), tmp_path / "out"
+    changes = {"resolutions": (128, 256), "max_upscale": 4.0, "shard_size": 3}
+    _run(images, out, **changes)
+    before = fakes.tree(out)
+    shards = [[entry[0] for entry in shard["items"]] for shard in json.loads(before["plan.json"])["shards"]]
+    first, second, neighbour = next(names for names in shards if len(names) == 3)
+    (images / first).with_suffix(".txt").write_text("another caption")
+    (images / second).with_suffix(".json").write_text(
+        json.dumps({"caption": "picture, dark on the left", "flip": False})
+    )
+    (images / second).with_suffix(".txt").unlink()
+    asks = rf"2 pictures .* --config\.accept_captions=True \(1 of {len(shards)} shards, 3 pictures\)"
+    with pytest.raises(InputError, match=asks):
+        _run(images, out, **changes)
+    moved = (images / neighbour).rename(images / "gone")
+    with pytest.raises(InputError, match=f"{neighbour} of the same shards is gone"):
+        _run(images, out, accept_captions=True, **changes)
+    assert fakes.tree(out) == before  # whatever is refused changes nothing
+    moved.rename(images / neighbour)
+    asked = iter([False])
+    with pytest.raises(pipeline.Stopped):  # stopped in the middle, the same call goes on
+        pipeline.run(
+            fakes.config(images, out, accept_captions=True, **changes), fakes.encoders(), lambda: next(asked, True)
+        )
+    assert not (out / "128" / "dataset.json").exists()
+    assert _run(images, out, accept_captions=True, **changes).encoded == 12
+    assert _run(images, tmp_path / "whole", **changes).encoded == 12
+    whole, mended = fakes.tree(tmp_path / "whole"), fakes.tree(out)
+    written = {name for name in mended if "array_record" in name or "index-" in name}
+    assert all(mended[name] == whole[name] for name in written)
+    assert sum(mended[name] != before[name] for name in written) == 4  # a shard and its index, at two resolutions
+    assert _run(images, out, **changes).encoded == 12 and fakes.tree(out) == mended  # nothing is asked any more
+
+
 def test_output_inside_the_image_folder_is_not_read_back(tmp_path):
     images = fakes.photographs(tmp_path / "in", 4)
     assert _run(images, images / "out").encoded == 4

@@ -71,6 +71,11 @@ def test_a_chart_without_values_is_left_out():
     assert "legend" not in drawn and '<span class="now">2</span>' in drawn
 
 
+def test_the_axis_of_a_curve_that_is_nothing_is_readable():
+    drawn = charts.chart("copies", np.arange(3.0), [Line("x", np.zeros(3))], zero=True, percent=True)
+    assert ">0%<" in drawn and "e-" not in drawn
+
+
 def test_a_line_breaks_where_values_are_missing_for_long_and_not_where_they_are_sparse():
     steps = np.arange(1.0, 2001)
     values = np.sin(steps / 100)

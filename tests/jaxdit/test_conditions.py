@@ -268,6 +268,10 @@ def test_an_image_of_the_data_set_is_found_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(data.Dataset, "records", lambda self, b, rows: (read.extend(rows), records(self, b, rows))[1])
     encode(told, [{"reference": name}], tmp_path / "cache")
     assert len(read) == 1  # the table of names is kept
+    (tmp_path / "folder").mkdir()
+    asked = [{"reference": name.rsplit("/", 1)[-1]}, {"reference": "folder"}]
+    _, problems = encode(told, asked, tmp_path / "cache")
+    assert problems[0].endswith(f"; is it {name}?") and "folder: that is a folder, and no image of this" in problems[1]
     told[0]["data"]["path"] = str(tmp_path / "gone")
     given, problems = encode(told, [{"reference": name}], tmp_path / "cache")
     assert given == [None] and "cannot be asked" in problems[0]

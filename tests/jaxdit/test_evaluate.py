@@ -278,10 +278,10 @@ def test_what_real_images_score_is_of_two_halves_and_of_as_many_training_images(
     assert found["halves"] == quality.compare(real[::2], real[1::2]) and found["apart"] == quality.apart(real)
     assert found["training"] == quality.compare(real, training[::2])
     assert "training" not in exam._usual(paper_of(20, held_out=False))
-    few = judged_images.Known(np.zeros((exam.FEWEST - 1, 1, 4)), None, None, [])
+    few = judged_images.Known(np.zeros((quality.FEWEST - 1, 1, 4)), None, None, [])
     assert exam._usual(paper_of(20, reference=few)) == {}
-    assert exam._compared(paper, exam.Seen([], real[: exam.FEWEST], None, None)) is not None
-    assert exam._compared(paper, exam.Seen([], real[: exam.FEWEST - 1], None, None)) is None
+    assert exam._compared(paper, exam.Seen([], real[: quality.FEWEST], None, None)) is not None
+    assert exam._compared(paper, exam.Seen([], real[: quality.FEWEST - 1], None, None)) is None
 
 
 def test_pictures_are_counted_before_they_are_drawn():

@@ -93,6 +93,15 @@ def test_any_other_gate_is_refused_by_what_differs(gate, change, words):
         origin.look(config(gate=str(gate(**change))), DATASET)
 
 
+def test_a_gate_that_failed_at_an_earlier_step_says_so(gate):
+    path = gate(verdict="fail", failed=["text"])
+    for step, said in ((5000, False), (9000, True)):
+        (path.parents[1] / "checkpoints" / str(step) / "ema").mkdir(parents=True)
+        with pytest.raises(InputError, match="its verdict is fail") as caught:
+            origin.look(config(gate=str(path)), DATASET)
+        assert ("It judged step 5000, and step 9000 is saved" in str(caught.value)) == said
+
+
 def test_what_is_no_gate_is_refused_by_name(tmp_path, gate):
     path = gate()
     path.write_text('{"verdict"')

@@ -192,6 +192,15 @@ def test_many_cards_divide_the_images_and_with_fsdp_the_model():
     assert quick == pytest.approx(shared, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("flags", "watts"), [({}, 450), ({"device": "RTX 3090"}, 350), ({"device": "L4", "cards": 2}, 144)]
+)
+def test_energy_is_that_of_the_card_that_is_named(flags, watts):
+    config = full.get_config("256")
+    config.train.micro_batch = 2
+    assert f"kWh at {watts} W" in plan.plan(config, f"{FULL}:256", **flags)
+
+
 def test_the_micro_batch_that_is_named_is_one_that_a_run_takes():
     config = full.get_config("256")
     config.train.update({"batch_size": 90, "micro_batch": 18})

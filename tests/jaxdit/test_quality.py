@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg
 
-from jaxdit import quality
+from jaxdit import quality, quality_page
 
 
 def cloud(seed, count=400, width=6, scale=1.0, shift=0.0):
@@ -61,6 +61,16 @@ def test_the_limit_takes_most_of_the_bias_away():
     assert np.mean(plain) > 0.8
     assert abs(np.mean(limit)) < 0.15 * np.mean(plain)
     assert quality.frechet_limit(cloud(0, 200, 51), cloud(1, 200, 51)) is None
+
+
+def test_what_real_images_score_is_no_curve_of_the_model():
+    loss = {"held_out/text": 1.0}
+    rows = [{"step": step, "held_out": True, "usual": {"halves": {"frechet": 2.4}}, "loss": loss} for step in (1, 2)]
+    few = quality_page._curves(rows)
+    assert "Fréchet" not in few and "Loss of held-out" in few
+    drawn = quality_page._curves([row | {"own": {"frechet": 9.0}} for row in rows])
+    assert "Fréchet" in drawn and "2.4" in drawn
+    assert np.isnan(quality.apart(np.ones((1, 4))))
 
 
 def test_the_kernel_distance_is_that_of_a_loop_over_pairs_and_unbiased():

@@ -78,7 +78,11 @@ def test_an_untrained_model_fails_and_the_command_says_so(photographs, tmp_path)
     train.train(gate_power.configured(photographs, steps=1, **SMALL), tmp_path / "run")
     done = run(f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 1, done.stderr
-    assert "The gate: fail" in done.stdout and "memory_latent: 0." in done.stdout and "next to nothing" in done.stdout
+    assert (
+        "The gate: fail. Step 1. Look" in done.stdout
+        and "memory_latent: 0." in done.stdout
+        and "next to nothing" in done.stdout
+    )
     result = json.loads((tmp_path / "run" / "gate" / "gate.json").read_text())
     assert result["verdict"] == "fail" and gate_power.FAULTS["untrained"][2] <= set(result["failed"])
 
