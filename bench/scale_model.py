@@ -95,31 +95,17 @@ def _group_size(groups: str) -> int:
 
 def compiled(devices: int, fsdp: int, stage: str, micro_batch: int) -> dict[str, Any]:
     """Memory a device and collectives of the full model's micro-batch and update, compiled in this process."""
-    from functools import partial
-
     import jax
     import jax.numpy as jnp
 
     from configs import full
-    from jaxdit import heldout, mesh, model, optim, trained, update
+    from jaxdit import mesh, model, programs
 
     config = full.get_config(stage)
     config.model.dtype = "bfloat16"
-    settings = trained.model_settings(config.model, WIDTHS)
-    graph, shapes = model.abstract(settings)
     grid = mesh.make_mesh(-1, fsdp)
-    graph = mesh.gathering(grid, graph, shapes)
-    schedule = optim.learning_rate(peak=3e-4, end=1e-6, warmup=10, total=1_000)
-    optimizer = optim.of_config(config.optim, schedule)
-    state = jax.eval_shape(partial(update.new_state, settings, optimizer, 0))
-    zeros, accumulate, change, _ = mesh.compiled(
-        grid,
-        state,
-        new_total=update.new_total,
-        accumulate=partial(update.accumulate_gradients, graph, dict(config.flow), 0),
-        change=partial(update.apply_update, optimizer, schedule, config.optim.ema_decay, 256),
-        judge=partial(heldout.losses, graph, dict(config.flow)),
-    )
+    made = programs.of(config, WIDTHS, grid)
+    state = jax.eval_shape(made.fresh)
     rows, side = micro_batch * devices, int(stage) // 8
     parts = {
         "latent": ((rows, side, side, WIDTHS["latent"]), jnp.float32),
@@ -132,11 +118,12 @@ def compiled(devices: int, fsdp: int, stage: str, micro_batch: int) -> dict[str,
         for name, (shape, dtype) in parts.items()
     }
     where = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=mesh.replicated(grid))
-    placed, total = mesh.placed(grid, state), jax.eval_shape(zeros)
+    placed = mesh.placed(grid, state)
+    total = jax.eval_shape(made.zeros, placed["params"])
     found: dict[str, Any] = {"devices": devices, "fsdp": fsdp, "micro-batch a card": micro_batch}
     for name, function, arguments in (
-        ("micro-batch", accumulate, (placed["params"], total, batch, where)),
-        ("update", change, (placed, total)),
+        ("micro-batch", made.accumulate, (placed["params"], total, batch, where)),
+        ("update", made.change, (placed, total)),
     ):
         lowered = function.lower(*arguments)
         program = lowered.compile()
@@ -148,7 +135,7 @@ def compiled(devices: int, fsdp: int, stage: str, micro_batch: int) -> dict[str,
             "GB of temporaries": round(sizes.temp_size_in_bytes / 1e9, 3),
             "collectives": rows,
         }
-    found["parameters"] = model.count_parameters(shapes)
+    found["parameters"] = model.count_parameters(made.shapes)
     return found
 
 

@@ -4,8 +4,8 @@
 
 Records: stand-ins with everything a start reads (index files, dataset.json, shards of as many records); their records are
 small, and the shards of a bucket are links to one file. Start, first batch and resume in the middle of a long run are timed in a
-process of their own, the smallest time of three. Step: the trainer's own compiled functions on a small model, the sizes of one
-row in turn, the median of their times. Writes bench/results/scaling-PARTS-DEVICE.json.
+process of their own, the smallest time of three. Step: the trainer's functions on a small model, the sizes of one row in turn,
+the median of their times. Writes bench/results/scaling-PARTS-DEVICE.json.
 """
 
 from __future__ import annotations

@@ -55,31 +55,21 @@ def ours(
     config: Any, batch: dict[str, np.ndarray], accumulation: int
 ) -> tuple[Callable[[int], None], dict[str, Any], tuple[Any, ...]]:
     """(run so many updates and wait, what is known, its three programs): the trainer's functions, compiled as it does."""
-    from functools import partial
-
     import jax
 
-    from jaxdit import estimate, mesh, model, optim, trained, update
+    from jaxdit import estimate, mesh, model, programs
 
-    settings = trained.model_settings(config.model, WIDTHS)
-    graph, shapes = model.abstract(settings)
-    schedule = optim.learning_rate(peak=config.optim.peak_learning_rate, end=1e-6, warmup=10, total=1_000)
-    optimizer = optim.of_config(config.optim, schedule)
-    devices, size = mesh.make_mesh(), accumulation * len(batch["latent"])
-    everywhere = mesh.replicated(devices)
-    state = jax.jit(partial(update.new_state, settings, optimizer, 0), out_shardings=everywhere)()
-    zeros = jax.jit(
-        partial(update.new_total, separate=trained.separate(settings), dtype=settings["dtype"]),
-        out_shardings=everywhere,
-    )
+    config, devices = config.copy_and_resolve_references(), mesh.make_mesh()
+    config.train.batch_size = accumulation * len(batch["latent"])
+    made, everywhere = programs.of(config, WIDTHS, devices), mesh.replicated(devices)
+    settings, shapes = made.settings, made.shapes
+    state = jax.jit(made.fresh, out_shardings=everywhere)()
     placed = jax.device_put(batch, mesh.over_batch(devices))
     where = jax.device_put(np.zeros(2, np.int32), everywhere)
-    accumulate = jax.jit(partial(update.accumulate_gradients, graph, dict(config.flow), 0), donate_argnums=1)
-    change = jax.jit(partial(update.apply_update, optimizer, schedule, config.optim.ema_decay, size), donate_argnums=0)
     began = time.perf_counter()
-    zeros = zeros.lower(state["params"]).compile()
-    accumulate = accumulate.lower(state["params"], zeros(state["params"]), placed, where).compile()
-    change = change.lower(state, zeros(state["params"])).compile()
+    zeros = made.zeros.lower(state["params"]).compile()
+    accumulate = made.accumulate.lower(state["params"], zeros(state["params"]), placed, where).compile()
+    change = made.change.lower(state, zeros(state["params"])).compile()
     compiled = time.perf_counter() - began
 
     def run(updates: int) -> None:
