@@ -53,37 +53,19 @@ def draw(
     Raises:
       MemoryError: not even one picture fits, one condition at a time.
     """
-    patch, channels = run.config["model"]["patch"], run.dataset["widths"]["latent"]
-    groups: dict[Any, list[int]] = {}
+    patch, devices = run.config["model"]["patch"], jax.device_count()
+    room = TOKENS.get(jax.default_backend(), TOKENS["gpu"])
     weights = [guidance(w.text, w.vision, [g.text], [g.vision]) for w, g in zip(asked, given)]
-    for place, (wish, found) in enumerate(zip(asked, given)):
-        terms = sampler.needed_terms(sampler.guidance_weights(*weights[place]))
-        start = wish.strength if found.init is not None else None
-        groups.setdefault((wish.size, terms, start), []).append(place)
-    for ((width, height), terms, start), places in groups.items():
+    for ((width, height), terms, start), places in _alike(asked, given, weights).items():
         tokens = (width // 8 // patch) * (height // 8 // patch)
-        room = TOKENS.get(jax.default_backend(), TOKENS["gpu"])
         together, size = tokens * len(terms) <= room, 0
-        fitting = most or max(1, room // (tokens * (len(terms) if together else 1))) * jax.device_count()
+        fitting = most or max(1, room // (tokens * (len(terms) if together else 1))) * devices
         while places:
             size = size or math.ceil(len(places) / math.ceil(len(places) / fitting))  # equal parts: one program
             part = places[:size]
-            rows = part + part[:1] * (size - len(part))
+            how = {"strength": start or 1.0, "together": together, "watch": watch and partial(watch, part), **options}
             try:
-                latents = trained.generate(
-                    run,
-                    trained.conditions_of([given[k].text for k in rows], [given[k].vision for k in rows], run),
-                    (height // 8, width // 8, channels),
-                    [0] * len(rows),
-                    seed=[asked[k].seed for k in rows],
-                    text=[weights[k][0] for k in rows],
-                    vision=[weights[k][1] for k in rows],
-                    init=None if start is None else np.stack([given[k].init for k in rows]),
-                    strength=start or 1.0,
-                    together=together,
-                    watch=watch and partial(watch, part),
-                    **options,
-                )
+                latents = _latents(run, asked, given, weights, part + part[:1] * (size - len(part)), how)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -101,3 +83,30 @@ def draw(
                 continue
             places = places[size:]
             yield list(zip(part, latents))
+
+
+def _alike(asked, given, weights) -> dict[Any, list[int]]:
+    """{(size, conditions to evaluate, strength of a start): places}: what can go through one program."""
+    groups: dict[Any, list[int]] = {}
+    for place, (wish, found) in enumerate(zip(asked, given)):
+        terms = sampler.needed_terms(sampler.guidance_weights(*weights[place]))
+        start = wish.strength if found.init is not None else None
+        groups.setdefault((wish.size, terms, start), []).append(place)
+    return groups
+
+
+def _latents(run: trained.Trained, asked, given, weights, rows: Sequence[int], how: Mapping[str, Any]) -> np.ndarray:
+    """Raw latents of the wishes at `rows`, all of one shape."""
+    width, height = asked[rows[0]].size
+    init = None if given[rows[0]].init is None else np.stack([given[k].init for k in rows])
+    return trained.generate(
+        run,
+        trained.conditions_of([given[k].text for k in rows], [given[k].vision for k in rows], run),
+        (height // 8, width // 8, run.dataset["widths"]["latent"]),
+        [0] * len(rows),
+        seed=[asked[k].seed for k in rows],
+        text=[weights[k][0] for k in rows],
+        vision=[weights[k][1] for k in rows],
+        init=init,
+        **how,
+    )

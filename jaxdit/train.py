@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
 import time
 import zlib
 from collections import deque
@@ -40,6 +39,7 @@ from jaxdit import (
     trackers,
 )
 from jaxdit import workdir as folder
+from jaxdit.begin import begin, split_ema
 from jaxdit.progress import JUDGED, Progress
 
 TRY_AGAIN = 300.0  # seconds after a save that failed
@@ -155,7 +155,7 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
         with jax.transfer_guard("allow"):  # the copy to the host is what saving is
             beside = {"position": position, "metrics": {"step": step, "seconds": clock.seconds}, "config": known}
             beside |= {"devices": mesh.describe(devices), "order": order.VERSION}
-            saver.save(step, *_split_ema(state), beside)
+            saver.save(step, *split_ema(state), beside)
         if log:
             report.update(workdir)
         requests.forget()
@@ -289,71 +289,6 @@ def run(config: Any, workdir: Path, dataset: data.Dataset, devices: jax.sharding
     return "done"
 
 
-def begin(config, workdir, made, saver, devices):
-    """(step, state, kept): from the newest checkpoint, from where the run comes from, or new.
-
-    What `run.save` has kept beside the state: position in the data, metrics, config, devices, order; {} of a new run.
-    """
-    wanted = mesh.placed(devices, jax.eval_shape(made.fresh))  # shapes alone: two states at once would not fit
-    lying = mesh.shardings(devices, wanted)
-    restored = saver.restore(*_split_ema(wanted))
-    if restored is not None:
-        step, rest, ema, kept = restored
-        now = folder.in_full(json.loads(config.to_json_best_effort()))
-        folder.refuse_fixed(saver.folder / str(step), folder.changed_fields(folder.in_full(kept["config"]), now))
-        mesh.refuse_lost_card(kept.get("devices", ""))
-        today = mesh.describe(devices, like=kept.get("devices", "1 device"))
-        if kept.get("devices", today) != today:
-            logging.warning(
-                "Saved on %s, going on with %s: the samples and their order stay, but sums are rounded otherwise, so the run is "
-                "not bit for bit what it would have been.", kept["devices"], today,
-            )  # fmt: skip
-        if kept.get("order", 1) != order.VERSION:
-            logging.warning(
-                "Saved by a version that shuffled otherwise: until the epoch ends some images come twice, some not."
-            )
-        if step < config.train.total_steps:
-            logging.info("Going on at step %d of %d in %s.", step, config.train.total_steps, workdir)
-        else:
-            logging.info("All %d steps are done already; a larger train.total_steps goes on from there.", step)
-        return step, rest | {"ema": ema}, kept
-    source = origin.read(workdir)
-    last = next(iter(deque(metrics.rows(workdir), 1)), {"step": 0})
-    seconds = last.get("seconds")
-    overdue = last["step"] > 2 * config.checkpoint.every or (
-        isinstance(seconds, float) and seconds > 2.5 * 60 * config.checkpoint.minutes
-    )
-
-    def keep():
-        aside = workdir / f"metrics-until-{last['step']}.jsonl"
-        shutil.copyfile(workdir / "metrics.jsonl", aside)
-        logging.warning(
-            "%s holds no step, though training went to step %d: is its disk mounted? It begins anew; the rows until then are "
-            "kept in %s.", saver.folder, last["step"], aside.name,
-        )  # fmt: skip
-
-    if processes.of_first(overdue and "restore" not in source):  # which takes rows along
-        processes.lead(keep)
-    if "restore" in source:
-        other, step = Path(source["restore"]["workdir"]), source["restore"]["step"]
-        rest, ema, kept = checkpoint.go_back(other, step, *_split_ema(wanted))
-        if processes.first() and (other / "metrics.jsonl").exists():
-            shutil.copyfile(other / "metrics.jsonl", workdir / "metrics.jsonl")
-        return step, rest | {"ema": ema}, kept
-    if "init_from" in source:
-        named, shapes = source["init_from"], wanted["params"]
-        try:
-            raw = named["weights"] == "raw"
-            _, params = checkpoint.restore_weights(named["workdir"], shapes, step=named["step"], raw=raw)
-        except InputError as error:
-            raise InputError(
-                f"train.init_from: {workdir} begins from step {named['step']} of {named['workdir']}, as it has saved none of its "
-                f"own. {error} Bring that step back there, or name a new --workdir and where the step is now."
-            ) from error
-        return 0, jax.jit(made.state_of, out_shardings=lying, donate_argnums=0)(params), {}
-    return 0, jax.jit(made.fresh, out_shardings=lying)(), {}
-
-
 class Budget:
     """Evaluation and previews together take at most a share of the time; the first minute is free, the last step's too."""
 
@@ -383,7 +318,3 @@ def _owes_evaluation(every, step, rows):
     due = step - step % every if every else 0
     reaches = step == due or (bool(rows) and rows[0]["step"] <= due)  # of a row that is not looked at nothing is known
     return due > 0 and reaches and not any("eval_seconds" in row for row in rows if row["step"] >= due)
-
-
-def _split_ema(state):
-    return {name: value for name, value in state.items() if name != "ema"}, state["ema"]

@@ -12,7 +12,7 @@ FLOORS = [
     {"main", "sample", "validate", "evaluate", "plan", "export", "app"},
     {"train", "app_page", "forecast"},
     {"app_jobs"},
-    {"previews", "measure", "render", "app_files", "exam"},
+    {"previews", "measure", "render", "app_files", "exam", "begin"},
     {"programs", "progress", "preview_set", "album", "conditions", "drawing", "gate_page", "judged_images"},
     {"trained", "update", "heldout", "origin", "startup", "quality_page"},
     {"model", "flow", "sampler", "optim", "data", "checkpoint", "mesh", "workdir", "report", "card", "estimate"},
