@@ -241,12 +241,9 @@ def _difference(
 ) -> str | None:
     raw = shard_check.one(data.path(shard), place)
     record = shard_check.parse(raw, data.latent(shard.bucket), data.rules)
-    rows: dict[int, list] = {size: [] for size in context.config.resolutions}
-    sums: dict[int, list] = {size: [] for size in context.config.resolutions}
-    part: dict[str, list] = {"truncated": [], "records": []}
-    batch = [(context.items[record["id"]], prepared)]
-    pipeline.encode_batch(context, shard.job, 0, batch, rows, sums, part)
-    return shard_check.difference(record, rows[data.resolution][0], CLOSE)
+    made = pipeline.Encoded.nothing(context.config.resolutions)
+    pipeline.encode_batch(context, shard.job, 0, [(context.items[record["id"]], prepared)], made)
+    return shard_check.difference(record, made.rows[data.resolution][0], CLOSE)
 
 
 def _repair(session: _Session, found: dict[Shard, Found], verdict: Verdict) -> None:

@@ -71,18 +71,17 @@ def _measure(context: pipeline.Context, jobs: Sequence[pipeline.Job]) -> tuple[f
     decoding = (time.monotonic() - began) / len(tasks)
     good = [(context.items[task.id], found) for task, found in read if not isinstance(found, images.ImageProblem)]
     timed: list[tuple[float, int]] = []
-    rows, sums = ({size: [] for size in config.resolutions} for _ in range(2))
+    made = shard.Encoded.nothing(config.resolutions)
     for number, start in enumerate(range(0, len(good), config.batch_size)):
         if number > 1 and sum(seconds for seconds, _ in timed) > PATIENCE:
             break
         batch = good[start : start + config.batch_size]
-        part: dict[str, list] = {"quarantine": [], "truncated": [], "records": []}
         began = time.monotonic()
-        shard.encode_batch(context, sample[0][0], number, batch, rows, sums, part)
+        shard.encode_batch(context, sample[0][0], number, batch, made)
         timed.append((time.monotonic() - began, len(batch)))
     warm = [one for one in timed[1:] if one[1] == config.batch_size] or timed
     encoding = sum(seconds for seconds, _ in warm) / max(1, sum(count for _, count in warm))
-    return decoding, encoding, {size: _bytes_a_record(context, fullest, size, rows[size]) for size in rows}
+    return decoding, encoding, {size: _bytes_a_record(context, fullest, size, rows) for size, rows in made.rows.items()}
 
 
 def _bytes_a_record(context: pipeline.Context, shape: buckets.Shape, resolution: int, rows: Sequence) -> float:

@@ -24,12 +24,14 @@ from encode.finish import finish, is_finished
 from encode.plan import Stopped
 from encode.progress import DISK_FULL, Progress, disk_full, say_need, say_problems
 from encode.records import InputError
-from encode.shard import Context, Encoders, Job, WorkFailed, encode_batch, encode_shard
+from encode.shard import Context, Encoded, Encoders, Job, WorkFailed, batches, encode_batch, encode_shard
 from encode.sidecars import shown
 from encode.source import Collection, Item, Problem, walk
 from encode.workers import CannotStart, Workers
 
-__all__ = ["Context", "Encoders", "Job", "Stopped", "Summary", "WorkFailed", "begin", "encode_batch", "run"]
+__all__ = [
+    "Context", "Encoded", "Encoders", "Job", "Stopped", "Summary", "WorkFailed", "batches", "begin", "encode_batch", "run",
+]  # fmt: skip
 log = logging.getLogger(__name__)
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from encode import dataset_check, images, pipeline, prepare, records, shard_check, stats
+from encode import dataset_check, pipeline, prepare, records, shard_check, stats
 from encode.expected import Data, Shard
 from encode.shard_check import Found
-from encode.source import Problem
 
 
 class Changed(ValueError):
@@ -45,9 +44,10 @@ def encode_again(
     for other in beside.values():
         known |= dict(zip(other.ids, other.hashes()))
     sizes = [data.resolution] if part else list(context.config.resolutions)
-    rows, sums, fresh = _encode(context, shard, sizes, step)
+    made = _encode(context, shard, sizes, step)
+    fresh = made.part
     _refuse_changed(data, fresh, known, whole=part is not None)
-    values = {size: stats.merge(sums[size]) for size in sizes if sums[size]}
+    values = {size: stats.merge(made.sums[size]) for size in sizes if made.sums[size]}
     values |= {size: other.sums for size, other in beside.items() if other.sums}
     totals = {str(size): values[size].to_json() for size in context.config.resolutions if size in values}
     new = part | {"stats": part["stats"] | totals} if part else fresh | {"stats": totals}
@@ -57,7 +57,7 @@ def encode_again(
         written.append(data.name(shard.part))
     if shard_damaged:
         spec = data.spec(shard.bucket)
-        records.write_shard(data.root, shard.bucket, shard.number, rows[data.resolution], spec)
+        records.write_shard(data.root, shard.bucket, shard.number, made.rows[data.resolution], spec)
         written.append(data.name(data.path(shard)))
     return written
 
@@ -78,31 +78,19 @@ def _beside(data: Data, shard: Shard, found: Found, shard_damaged: bool) -> dict
     return beside
 
 
-def _encode(context: pipeline.Context, shard: Shard, sizes: Sequence[int], step: Callable[[int], None]):
-    """(records by resolution, sums by resolution, part without statistics) of a shard's pictures at some resolutions."""
-    batch_size, entries = context.config.batch_size, shard.job.entries
-    rows: dict[int, list] = {size: [] for size in context.config.resolutions}
-    sums: dict[int, list] = {size: [] for size in context.config.resolutions}
-    part: dict[str, Any] = {"quarantine": [], "truncated": [], "records": []}
-    batch = []
-    tasks = (context.task(shard.job, entry) for entry in entries)
+def _encode(
+    context: pipeline.Context, shard: Shard, sizes: Sequence[int], step: Callable[[int], None]
+) -> pipeline.Encoded:
+    """A shard's pictures, encoded at some resolutions."""
+    batch_size, made = context.config.batch_size, pipeline.Encoded.nothing(context.config.resolutions)
+    tasks = (context.task(shard.job, entry) for entry in shard.job.entries)
     tasks = (replace(task, targets={s: t for s, t in task.targets.items() if s in sizes}) for task in tasks)
     read = context.workers.map(prepare.prepare, tasks, 2 * batch_size + 2 * context.workers.count)
     with contextlib.closing(read):
-        for place, (task, prepared) in enumerate(read, 1):
-            if context.stop():
-                raise pipeline.Stopped
-            if isinstance(prepared, images.ImageProblem):
-                stage = "vision" if isinstance(prepared, prepare.VectorProblem) else "decode"
-                part["quarantine"].append(asdict(Problem(task.id, stage, str(prepared))))
-            else:
-                batch.append((context.items[task.id], prepared))
-            if place % batch_size == 0 or place == len(entries):  # as the pipeline counts them
-                number = (place - 1) // batch_size
-                pipeline.encode_batch(context, shard.job, number, batch, rows, sums, part)
-                step((place - 1) % batch_size + 1)
-                batch = []
-    return rows, sums, part
+        for number, planned, batch in pipeline.batches(context, shard.job, read, made.part):
+            pipeline.encode_batch(context, shard.job, number, batch, made)
+            step(planned)
+    return made
 
 
 def _refuse_changed(data: Data, fresh: Mapping[str, Any], known: Mapping[str, str], whole: bool) -> None:

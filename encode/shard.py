@@ -117,6 +117,52 @@ class Context:
         return [size for size, name in names if not records.index_path(self.root(size), name, job.number).exists()]
 
 
+@dataclass
+class Encoded:
+    """What became of some pictures.
+
+    Attributes:
+      rows, sums: {resolution: records}, {resolution: sums of batches}.
+      part: what the end of the run needs of them: those that were refused, those whose captions were cut, ids and hashes.
+    """
+
+    rows: dict[int, list[dict[str, Any]]]
+    sums: dict[int, list[stats.Partial]]
+    part: dict[str, Any]
+
+    @classmethod
+    def nothing(cls, resolutions: Sequence[int]) -> Encoded:
+        rows, sums = ({size: [] for size in resolutions} for _ in range(2))
+        return cls(rows, sums, {"quarantine": [], "truncated": [], "records": []})
+
+
+def batches(
+    context: Context, job: Job, read: Iterator, part: dict[str, Any]
+) -> Iterator[tuple[int, int, list[tuple[Item, prepare.Prepared]]]]:
+    """(number, pictures planned in it, those that can be encoded) of each batch; the others go to the part's quarantine.
+
+    Batches are counted in planned pictures, not in good ones: a refused one moves no other.
+
+    Args:
+      read: (Task, Prepared or ImageProblem) of the shard's pictures, in order.
+
+    Raises:
+      Stopped: as asked.
+    """
+    size, batch = context.config.batch_size, []
+    for place, (task, found) in enumerate(read, 1):
+        if context.stop():
+            raise Stopped
+        if isinstance(found, images.ImageProblem):
+            stage = "vision" if isinstance(found, prepare.VectorProblem) else "decode"
+            part["quarantine"].append(asdict(Problem(task.id, stage, str(found))))
+        else:
+            batch.append((context.items[task.id], found))
+        if place % size == 0 or place == len(job.entries):
+            yield (place - 1) // size, (place - 1) % size + 1, batch
+            batch = []
+
+
 def encode_shard(context: Context, job: Job, read: Iterator, progress: Progress) -> None:
     """Encode and write one shard at every resolution; nothing is published before all of it is encoded.
 
@@ -127,29 +173,17 @@ def encode_shard(context: Context, job: Job, read: Iterator, progress: Progress)
       progress: told of every batch.
     """
     config, missing, speed = context.config, context.missing(job), Speed()
-    part: dict[str, Any] = {"quarantine": [], "truncated": [], "records": [], "stats": {}}
-    rows: dict[int, list] = {size: [] for size in config.resolutions}
-    sums: dict[int, list[stats.Partial]] = {size: [] for size in config.resolutions}
-    batch: list[tuple[Item, prepare.Prepared]] = []
-    for place, (task, found) in enumerate(speed.waiting(islice(read, len(job.entries))), 1):
-        if context.stop():
-            raise Stopped
-        if isinstance(found, images.ImageProblem):
-            stage = "vision" if isinstance(found, prepare.VectorProblem) else "decode"
-            part["quarantine"].append(asdict(Problem(task.id, stage, str(found))))
-        else:
-            batch.append((context.items[task.id], found))
-        # Batches are counted in planned pictures, not in good ones: a refused one moves no other.
-        if place % config.batch_size == 0 or place == len(job.entries):
-            encode_batch(context, job, (place - 1) // config.batch_size, batch, rows, sums, part)
-            batch = []
-            progress.step((place - 1) % config.batch_size + 1, speed.waited, len(part["quarantine"]))
+    made = Encoded.nothing(config.resolutions)
+    part = made.part
+    for number, planned, batch in batches(context, job, speed.waiting(islice(read, len(job.entries))), part):
+        encode_batch(context, job, number, batch, made)
+        progress.step(planned, speed.waited, len(part["quarantine"]))
     with _blaming(
         "proof of the device",
         f"bucket {context.bucket(job.shape, max(config.resolutions))}, shard {job.number}, before it is written",
     ):
         context.encoders.prove()
-    part["stats"] = {size: stats.merge(sums[size]).to_json() for size in config.resolutions if sums[size]}
+    part["stats"] = {size: stats.merge(sums).to_json() for size, sums in made.sums.items() if sums}
     if len(missing) < len(config.resolutions) and not _is_as_written(context.part(job), part):
         missing = list(config.resolutions)  # pictures have changed since a stop between two of them
         for size in missing:
@@ -157,7 +191,7 @@ def encode_shard(context: Context, job: Job, read: Iterator, progress: Progress)
     records.write_json(context.part(job), part)
     for size in missing:
         name = context.bucket(job.shape, size)
-        records.write_shard(context.root(size), name, job.number, rows[size], context.spec(job.shape, size))
+        records.write_shard(context.root(size), name, job.number, made.rows[size], context.spec(job.shape, size))
     speed.write(context.out, len(job.entries))
 
 
@@ -169,8 +203,8 @@ def _is_as_written(path: Path, part: dict[str, Any]) -> bool:
         return False
 
 
-def encode_batch(context: Context, job: Job, number: int, batch, rows, sums, part) -> None:
-    """Append the records of one batch, at each resolution, to rows; their sums to sums; what the end needs to part."""
+def encode_batch(context: Context, job: Job, number: int, batch: Sequence, made: Encoded) -> None:
+    """Add one batch, [(Item, Prepared)], to what was made of those before it."""
     if not batch:
         return
     config, encoders = context.config, context.encoders
@@ -183,7 +217,7 @@ def encode_batch(context: Context, job: Job, number: int, batch, rows, sums, par
         tokens = [
             _bfloat16(value) for value in _in_halves(context, "text encoder", encoders.text.encode, [*plain, *others])
         ]
-        part["truncated"] += [
+        made.part["truncated"] += [
             item.id
             for (item, _), text in zip(batch, plain)
             if encoders.text.count_tokens(text) > encoders.text.max_tokens
@@ -216,11 +250,11 @@ def encode_batch(context: Context, job: Job, number: int, batch, rows, sums, par
                 "mask": prepared.masks[size],
                 "pixel_hash": prepared.pixel_hash,
             }
-            rows[size].append(record)
-            sums[size] += stats.of_record(record)
+            made.rows[size].append(record)
+            made.sums[size] += stats.of_record(record)
     for place, (item, prepared) in enumerate(batch):
         lengths = len(tokens[place]), len(flip_tokens.get(flips[place], ()))
-        part["records"].append([item.id, prepared.pixel_hash, *lengths, sorted(prepared.pixels)])
+        made.part["records"].append([item.id, prepared.pixel_hash, *lengths, sorted(prepared.pixels)])
 
 
 def _vectors(context: Context, batch: Sequence[prepare.Prepared]) -> tuple[np.ndarray, np.ndarray]:
