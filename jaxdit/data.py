@@ -126,6 +126,12 @@ def _messages(view: memoryview) -> Iterator[memoryview]:
         yield view[at - size : at]
 
 
+def normalized(latents: Any, dataset: Mapping[str, Any]) -> np.ndarray:
+    """[..., channels] float32: raw latents by the statistics of a dataset.json."""
+    mean, std = (np.asarray(dataset[name], np.float32) for name in ("latent_mean", "latent_std"))
+    return (np.asarray(latents, np.float32) - mean) / std
+
+
 def denormalize(latent: np.ndarray, dataset: Mapping[str, Any]) -> np.ndarray:
     """Undo the normalisation of `Dataset.read`: what the image decoder takes."""
     return latent * np.asarray(dataset["latent_std"], np.float32) + np.asarray(dataset["latent_mean"], np.float32)

@@ -97,7 +97,7 @@ def prepare(
         prompts.append(words | copies | {"bucket": bucket, "pixel_hash": record["pixel_hash"]})
         latent = record["latent"].astype(np.float32)[None]
         pixels.append(judged_images.small(judged_images.whole(vae.decode(latent)[0], record)))
-        small.append(quality.thumbnails(judged_images.normalised(latent, run))[0])
+        small.append(quality.thumbnails(data.normalized(latent, run.dataset))[0])
     judged = np.unique(np.linspace(0, len(prompts) - 1, min(JUDGED, len(prompts))).round().astype(int))
     examples = judged_images.gather(dataset, run, vae, [places[i] for i in judged])
     for example in examples:
@@ -220,7 +220,7 @@ def draw(exam: Exam, run: trained.Trained, places, texts, visions, seeds, tell) 
             for (k, _), picture in zip(batch, exam.vae.decode(latents))
         ]
         at = [k for k, _ in batch]
-        thumbs = quality.thumbnails(judged_images.normalised(latents, run))
+        thumbs = quality.thumbnails(data.normalized(latents, run.dataset))
         small = np.zeros((len(places), thumbs.shape[1]), np.float32) if small is None else small
         small[at] = thumbs
         if exam.vision is not None:

@@ -65,15 +65,11 @@ def common_shape(run: trained.Trained) -> tuple[int, int]:
     return tuple(buckets[max(buckets, key=lambda name: buckets[name]["count"])]["latent"][:2])
 
 
-def normalised(latents: np.ndarray, run: trained.Trained) -> np.ndarray:
-    """[n, height, width, channels] raw latents, normalised by the run's statistics."""
-    mean, std = (np.asarray(run.dataset[name], np.float32) for name in ("latent_mean", "latent_std"))
-    return (latents - mean) / std
-
-
 def compared(latents: np.ndarray, run: trained.Trained, shape: tuple[int, int]) -> np.ndarray:
     """[n, height, width, channels] raw latents, normalised and resized to `shape`."""
-    return np.asarray(jax.image.resize(normalised(latents, run), (len(latents), *shape, latents.shape[-1]), "linear"))
+    return np.asarray(
+        jax.image.resize(data.normalized(latents, run.dataset), (len(latents), *shape, latents.shape[-1]), "linear")
+    )
 
 
 def padding(record: Mapping[str, Any], shape: Sequence[int]) -> np.ndarray:
@@ -173,7 +169,7 @@ def know(dataset, run, rows, file: Path, views: int, words: str) -> Known:
                 kept["hashes"][at] = [record["pixel_hash"] for record in records]
                 for view, end in enumerate(("", "_flip")[:views]):
                     latents = np.stack([record["latent" + end] for record in records]).astype(np.float32)
-                    kept["latents"][at, view] = quality.thumbnails(normalised(latents, run))
+                    kept["latents"][at, view] = quality.thumbnails(data.normalized(latents, run.dataset))
                     kept["vectors"][at, view] = np.stack([record["vision" + end] for record in records])
             done = start + len(part)
             if (now := time.monotonic()) - said > SAY:

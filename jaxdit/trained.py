@@ -143,8 +143,7 @@ def generate(
         "weights": weights.T,
     }
     if init is not None:
-        mean, std = (np.asarray(trained.dataset[name], np.float32) for name in ("latent_mean", "latent_std"))
-        rows["init"] = (np.asarray(init, np.float32) - mean) / std
+        rows["init"] = data.normalized(init, trained.dataset)
     if trained.devices is not None:
         more = -count % trained.devices.size
         rows = jax.tree.map(lambda value: np.concatenate([value, np.repeat(value[:1], more, axis=0)]), rows)

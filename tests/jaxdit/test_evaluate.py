@@ -241,7 +241,7 @@ def test_what_is_known_of_training_images_is_read_once_and_exact(workdir, tmp_pa
     assert [row for _, row in known.places] == dataset.train[bucket].tolist()
     record = dataset.records(bucket, dataset.train[bucket][3:4])[0]
     np.testing.assert_array_equal(known.vectors[3], np.stack([record["vision"], record["vision_flip"]]))
-    flipped = judged_images.normalised(record["latent_flip"].astype(np.float32)[None], run)
+    flipped = data.normalized(record["latent_flip"].astype(np.float32)[None], run.dataset)
     np.testing.assert_array_equal(known.latents[3, 1], quality.thumbnails(flipped)[0])
     assert known.hashes[3] == record["pixel_hash"]
     with mock.patch.object(dataset, "records", side_effect=AssertionError("read again")):
