@@ -12,6 +12,7 @@ import numpy as np
 from scipy import linalg
 from scipy.spatial import distance
 
+FEWEST = 12  # vectors that two sets can be compared of
 SIDE = 8  # of a latent whose neighbours are looked for
 PRECISION_NEIGHBOURS, COVERAGE_NEIGHBOURS = 3, 5  # as in the papers
 NEAREST = 50  # neighbours that say how far apart pictures usually are (Carlini et al. 2023, sec. 4.2)

@@ -71,6 +71,9 @@ def test_what_real_images_score_is_no_curve_of_the_model():
     drawn = quality_page._curves([row | {"own": {"frechet": 9.0}} for row in rows])
     assert "Fréchet" in drawn and "2.4" in drawn
     assert np.isnan(quality.apart(np.ones((1, 4))))
+    memory = {"vectors": {"memorised": False}}
+    few = {"held_out": True, "own": None, "memory": {"own": memory, "alone": memory}, "exchange": {}}
+    assert "too few images (12 are needed" in " ".join(quality_page.findings(few))
 
 
 def test_the_kernel_distance_is_that_of_a_loop_over_pairs_and_unbiased():
