@@ -28,6 +28,7 @@ def get_config(arg=None):
     config.decode_seconds = 60.0
     config.decode_memory = 6144
     config.flip = True
+    config.accept_captions = False
     config.engine = "local"  # or "ray": many machines, docs/many_machines.md
     config.ray = ConfigDict(
         {

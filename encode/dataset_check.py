@@ -35,7 +35,7 @@ ORDER = (
     "latent_std",
     "latent_count",
 )
-ORDER += ("latent_statistics", "buckets", "widths", "text_longest", "duplicates", "config")
+ORDER += ("latent_statistics", "buckets", "widths", "mended_from", "text_longest", "duplicates", "config")
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,8 @@ def _constant(data: Data) -> dict[str, Any]:
         must["fingerprint"] = data.plan["fingerprint"]["encoders"] | data.plan["fingerprint"]["rules"]
         must["encoders"] = {name: data.config[name] for name in ("vae", "text", "vision")}
         must["config"] = data.config
+        if str(data.resolution) in data.plan.get("mended_from", {}):
+            must["mended_from"] = data.plan["mended_from"][str(data.resolution)]
     return must
 
 

@@ -155,7 +155,7 @@ class _Session:
     def _begin(self) -> pipeline.Context:
         data = self.data
         given = {"images": str(self.call.images)} if self.call.images else {}
-        config = encode_main.stored(data.config, **given, out=str(data.out))
+        config = encode_main.stored(data.config, **given, out=str(data.out), accept_captions=False)
         folder = Path(config.images).expanduser()
         if not folder.is_dir():
             raise InputError(f"the photographs' folder {folder} is not there; give --images=DIR if it has moved")

@@ -34,7 +34,12 @@ def estimate(config: Any, encoders: pipeline.Encoders, stop: Callable[[], bool] 
     """
     with Workers(config.decode_workers, config.decode_seconds, config.decode_memory) as workers:
         context, plan, jobs = pipeline.begin(config, encoders, workers, stop, keep=False)
-        todo = [job for job in jobs if context.missing(job) or not context.part(job).exists()]
+        mended = set(plan.get("unfinished", ()))  # whose captions are to be taken
+        todo = [
+            job
+            for job in jobs
+            if context.missing(job) or not context.part(job).exists() or context.index(job) in mended
+        ]
         decoding, encoding, record_bytes = _measure(context, jobs)
     entries = [(job.shape, entry) for job in jobs for entry in job.entries]
     left = sum(len(job.entries) for job in todo)

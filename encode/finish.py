@@ -127,9 +127,16 @@ def _dataset(context: Any, plan, jobs, parts, resolution: int) -> dict[str, Any]
         "latent_statistics": "over latent, and over latent_flip where the sample may be flipped",
         "buckets": {context.bucket(shape, resolution): value for shape, value in shapes.items() if value["count"]},
         "widths": widths,
+        **(
+            {"mended_from": plan["mended_from"][str(resolution)]}
+            if str(resolution) in plan.get("mended_from", {})
+            else {}
+        ),
         "text_longest": max(max(row[2], row[3]) for row in rows),
         "duplicates": sum(count - 1 for count in Counter(row[1] for row in rows).values()),
-        "config": {name: value for name, value in settings.items() if name not in ("out", "engine", "ray")},
+        "config": {
+            name: value for name, value in settings.items() if name not in ("out", "engine", "ray", "accept_captions")
+        },
     }
 
 

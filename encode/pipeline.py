@@ -202,11 +202,15 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
     # Before the plan is stored: from then on captions must stay what they are.
     added = {entry[0] for shard in plan["shards"] for entry in shard["items"]}.difference(before)
     _check_words(config, encoders, [item for item in collection.items if item.id in added])
-    if keep:
+    if not keep:
+        plan["unfinished"] = unfinished
+    else:
         for file in unfinished:  # before the plan: killed in between, the same call begins them again
             file.unlink(missing_ok=True)
         (out / "parts").mkdir(exist_ok=True)
         records.write_json(path, plan)
+        for size in config.resolutions if unfinished else ():
+            (out / str(size) / "dataset.json").unlink(missing_ok=True)
     return plan
 
 

@@ -1,7 +1,7 @@
 """Captions that were mended after their pictures were encoded: the shards that hold them are encoded again, no others.
 
-Nothing of a shard is taken away before its photographs are known to be what was encoded; its old records stand until the
-new ones take their place.
+Nothing is begun before the photographs of these shards are known to be what was encoded. From then on they are wanted until
+it is done: one that goes away in between is refused by name, as it would be at a first encoding.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from encode.records import InputError
 from encode.source import Collection
 
 log = logging.getLogger(__name__)
+STATISTICS = ("latent_mean", "latent_std", "latent_count")
 
 
 def changed(config: Any, plan: Mapping[str, Any], collection: Collection, refused: Container[str]) -> list[str]:
@@ -34,7 +35,10 @@ def accept(
     names: Sequence[str],
     refused: Container[str],
 ) -> tuple[dict[str, Any], list[Path]]:
-    """What changes in a plan that takes these captions, and the files that say that their shards are finished.
+    """What changes in a plan that takes these captions, and the index files of the shards that hold them.
+
+    Which pictures are mirrored may change with a caption, and so the statistics of the latents: those of before are kept in
+    "mended_from", by which a training that was begun with them knows the data set again.
 
     Args:
       config: config.accept_captions says whether they are wanted.
@@ -52,25 +56,33 @@ def accept(
     again = [entry[0] for shard in shards for entry in shard["items"] if entry[0] not in refused]
     what = f"{len(names)} pictures have another caption, or flip, than {out} was begun with (the first: {names[0]})"
     work = f"{len(shards)} of {len(plan['shards'])} shards, {len(again)} pictures"
-    if not config.accept_captions:
+    if not config.get("accept_captions", False):  # a configuration of before has none
         raise InputError(
             f"{what}. Put it back to go on, or encode theirs again with --config.accept_captions=True ({work}); nothing was "
             "changed."
         )
     folder = Path(config.images).expanduser()
+    items = {item.id: item for item in collection.items}
     for name in again:
-        if plan_rules.size_of(folder / name) != plan["bytes"][name]:
+        vector = not config.vision.precomputed or (name in items and items[name].vision is not None)
+        if plan_rules.size_of(folder / name) != plan["bytes"][name] or not vector:
             raise InputError(
-                f"{what}, and {name} of the same shards is gone, or another file: put it back, or its record would be lost; "
-                "nothing was changed."
+                f"{what}, and {name} of the same shards is gone, or another file, or has lost its vector: put it back, or its "
+                "record would be lost; nothing was changed."
             )
-    log.warning("%s: they are taken, and encoded again with their shards (%s).", what, work)
-    inputs = plan["inputs"] | {item.id: item.caption(config.seed) for item in collection.items if item.id in changing}
-    still = {item.id for item in collection.items if item.id in changing and not item.flip}
-    done = [out / str(size) / "dataset.json" for size in config.resolutions]
+    log.warning("%s. They are taken: the shards that hold them (%s) are to be encoded again.", what, work)
+    inputs = plan["inputs"] | {name: items[name].caption(config.seed) for name in names}
+    still = {name for name in names if not items[name].flip}
+    before, done = dict(plan.get("mended_from", {})), []
+    for size in config.resolutions:
+        path = out / str(size) / "dataset.json"
+        if path.exists():
+            info = records.read_json(path, "remove it and run again")
+            now = {name: info[name] for name in STATISTICS}
+            before[str(size)] = [one for one in before.get(str(size), []) if one != now] + [now]
     for shard in shards:
         shape, number = tuple(shard["bucket"]), shard["shard"]
         for size in config.resolutions:
             bucket = records.bucket_name(*buckets.pixels(shape, plan["cells"], size))
             done.append(records.index_path(out / str(size), bucket, number))
-    return {"inputs": inputs, "unflipped": sorted({*plan["unflipped"]} - changing | still)}, done
+    return {"mended_from": before, "inputs": inputs, "unflipped": sorted({*plan["unflipped"]} - changing | still)}, done

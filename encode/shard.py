@@ -111,10 +111,14 @@ class Context:
         """How fast each shard went: pictures, seconds, and the seconds that the encoders waited for pictures."""
         return Speed.read(self.out)
 
+    def index(self, job: Job, resolution: int | None = None) -> Path:
+        """The shard's index, whose presence says that it is written; by default at the largest resolution."""
+        size = resolution or max(self.config.resolutions)
+        return records.index_path(self.root(size), self.bucket(job.shape, size), job.number)
+
     def missing(self, job: Job) -> list[int]:
         """Resolutions at which the shard is not written yet."""
-        names = [(size, self.bucket(job.shape, size)) for size in self.config.resolutions]
-        return [size for size, name in names if not records.index_path(self.root(size), name, job.number).exists()]
+        return [size for size in self.config.resolutions if not self.index(job, size).exists()]
 
 
 @dataclass
@@ -187,7 +191,7 @@ def encode_shard(context: Context, job: Job, read: Iterator, progress: Progress)
     if len(missing) < len(config.resolutions) and not _is_as_written(context.part(job), part):
         missing = list(config.resolutions)  # pictures have changed since a stop between two of them
         for size in missing:
-            records.index_path(context.root(size), context.bucket(job.shape, size), job.number).unlink(missing_ok=True)
+            context.index(job, size).unlink(missing_ok=True)
     records.write_json(context.part(job), part)
     for size in missing:
         name = context.bucket(job.shape, size)

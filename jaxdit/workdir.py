@@ -259,17 +259,27 @@ def _data_or_refuse(workdir: Path, copy: dict, data_path: Path, dataset: dict, a
     differing += [name for name in STATISTICS if own[name] != dataset[name]]
     if not differing:
         return copy | {"buckets": dataset["buckets"]}
-    if copy["count"] >= dataset["count"] or not _is_growth(copy, dataset):
+    # Mended captions change which pictures are mirrored, and with that the statistics of the latents.
+    mended = set(differing) <= {*STATISTICS} and own in dataset.get("mended_from", [])
+    if not mended and (copy["count"] >= dataset["count"] or not _is_growth(copy, dataset)):
         raise InputError(
             f"{workdir} was begun with another data set: {differing[0]} of {data_path}/dataset.json differs from its copy; "
             "name the first data set, or a new --workdir."
+        )
+    if mended and not accept_growth:
+        raise InputError(
+            f"captions of {data_path} were mended since {workdir} was begun; take them with --config.data.accept_growth=True "
+            "(normalisation stays what the checkpoints know)."
         )
     if not accept_growth:
         raise InputError(
             f"{data_path} has grown from {copy['count']} to {dataset['count']} images since {workdir} was begun; take the "
             "new ones in with --config.data.accept_growth=True (normalisation stays what the checkpoints know)."
         )
-    logging.info("The data set has grown from %d to %d images; all are taken.", copy["count"], dataset["count"])
+    if mended:
+        logging.info("The captions of the data set were mended; normalisation stays what the checkpoints know.")
+    else:
+        logging.info("The data set has grown from %d to %d images; all are taken.", copy["count"], dataset["count"])
     start = {name: copy[name] for name in STATISTICS}
     return dataset | start | {"own": {name: dataset[name] for name in STATISTICS}}
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encode import pipeline, records, stats
+from encode import estimate, pipeline, records, stats
 from encode.records import InputError
 from tests.encode import fakes
 
@@ -330,6 +330,12 @@ def test_mended_captions_are_taken_where_asked_and_only_their_shards_are_written
     assert all(mended[name] == whole[name] for name in written)
     assert sum(mended[name] != before[name] for name in written) == 4  # a shard and its index, at two resolutions
     assert _run(images, out, **changes).encoded == 12 and fakes.tree(out) == mended  # nothing is asked any more
+    info, was = (json.loads(files["128/dataset.json"]) for files in (mended, before))
+    assert info["mended_from"] == [{name: was[name] for name in ("latent_mean", "latent_std", "latent_count")}]
+    assert info["latent_count"] < was["latent_count"] and "accept_captions" not in info["config"]
+    (images / first).with_suffix(".txt").write_text("a third caption")
+    words = estimate.estimate(fakes.config(images, out, accept_captions=True, **changes), fakes.encoders())
+    assert "12 to encode, 0 inputs refused so far; 9 are encoded already" in words and fakes.tree(out) == mended
 
 
 def test_output_inside_the_image_folder_is_not_read_back(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import encode_demo, encode_flux
 from encode import buckets, captions, pipeline, plan, prepare, records
 from encode.records import InputError
 from encode.source import Item
@@ -247,3 +248,8 @@ def test_statistics_of_a_tall_picture_that_stands_aside_take_its_mirror_image_fr
     values += [found["a.png"][name].reshape(-1, values[0].shape[-1]) for name in ("latent", "latent_flip")]
     mean = np.concatenate(values).astype(np.float64).mean(0)
     np.testing.assert_allclose(records.load_dataset(tmp_path / "out" / "128")["latent_mean"], mean, rtol=1e-9)
+
+
+def test_the_full_configuration_has_every_field_of_the_demo_s():
+    assert set(encode_flux.get_config()) - set(encode_demo.get_config()) == {"device"}
+    assert set(encode_demo.get_config()) <= set(encode_flux.get_config())

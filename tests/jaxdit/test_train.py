@@ -299,10 +299,20 @@ def test_grown_data_is_taken_only_when_asked_and_keeps_the_statistics_of_the_sta
     assert copy["latent_mean"] == start["latent_mean"] != grown["latent_mean"]
     assert train.train(tiny(root, **{"train.total_steps": 28}), workdir) == "done"  # taken once, known from then on
     assert metrics.read(workdir)[-1]["step"] == 28
+    mended = json.loads((root / "dataset.json").read_text())  # other captions, and so other pictures mirrored
+    mended["mended_from"] = [{name: mended[name] for name in ("latent_mean", "latent_std", "latent_count")}]
+    mended["latent_mean"] = [value + 0.01 for value in mended["latent_mean"]]
+    (root / "dataset.json").write_text(json.dumps(mended))
+    with pytest.raises(InputError, match=r"captions of .* were mended since .* --config\.data\.accept_growth=True"):
+        train.train(tiny(root, **{"train.total_steps": 29}), workdir)
+    more = tiny(root, **{"train.total_steps": 29, "data.accept_growth": True})
+    assert train.train(more, workdir) == "done"
+    assert json.loads((workdir / "dataset.json").read_text())["latent_mean"] == start["latent_mean"]
+    assert train.train(tiny(root, **{"train.total_steps": 30}), workdir) == "done"
     shutil.rmtree(root)
     make_data.dataset(root, {"64x64": 9, "48x80": 4, "80x48": 2}, shard=2, seed=3)
     with pytest.raises(InputError, match="another data set: latent_mean"):
-        train.train(tiny(root, **{"data.accept_growth": True, "train.total_steps": 28}), workdir)
+        train.train(tiny(root, **{"data.accept_growth": True, "train.total_steps": 30}), workdir)
 
 
 def test_normalisation_of_a_run_on_grown_data_is_that_of_the_start(tmp_path):
