@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "holdout_fraction": 0.01,  # 1,000 of 100,000 images, of which train.eval_images are judged
                 "text_lengths": (),  # one length, the longest caption's: one program a bucket
                 "normalize_vision": False,  # whether vision vectors are divided by their length
-                "accept_growth": False,  # True takes a data set that has grown since the run began
+                "accept_growth": False,  # True takes a data set that has grown or has mended captions since
             },
             "model": {
                 "layers": 24,  # the plan: 24 x 1024 with 16 heads, 559 M parameters (DiT-L has this depth and width)
