@@ -166,12 +166,13 @@ if [ -n "$smallest" ]; then
 else
   # The most wanted first; the seconds are those of an H100's machine with 16 cores, where torch.compile takes two minutes of 24
   # layers and ours 40 s. Micro-batches are those of configs/, the target of 8 at 1024, or what PyTorch has room for.
-  stepping=(--memory_gb="$memory_gb" --rounds=3 --updates=2 --accumulation=4 --text=128)
+  stepping=(--memory_gb="$memory_gb" --rounds=3 --updates=2 --accumulation=4 --text=128 --fused=no,yes)
   part attention 60 $python -m bench.attention --models=full --tokens=247,1024 --seconds=0.2 # 208x304 pixels are 13 x 19 tokens
   [ "$count" -eq 1 ] || part devices 90 bash -c devices
   step full 512 8 none "torch_dit compiled" 180
   step full 1024 8 block none 80
   part profile-full 70 $python -m bench.profile_step --config=full --resolution=512 --micro_batch=8 --text=128
+  part profile-fused 70 $python -m bench.profile_step --config=full --resolution=512 --micro_batch=8 --text=128 --fused
   step full 256 32 none none 70
   step full 1024 2 none none 70
   step nano 512 16 none torch_dit,diffusers 150

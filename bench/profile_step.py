@@ -1,12 +1,13 @@
 """Where a training step spends its time: the ten costliest operations, with the lines that they come from.
 
     .venv/bin/python -m bench.profile_step [--config=nano] [--resolution=256] [--micro_batch=8] [--updates=3]
-    .venv/bin/python -m bench.profile_step --config=full --resolution=512 --micro_batch=8          (a GPU)
+    .venv/bin/python -m bench.profile_step --config=full --resolution=512 --micro_batch=8 [--fused]          (a GPU)
 
 A few updates of the step that bench/train_step.py races are traced by jax.profiler; the compiled programs' text tells what each
 operation is. A share is that of the time of all operations: on a GPU that of its kernels and copies, of which some run beside
 others; on the CPU that of all threads, without what an operation waits for others. On a GPU the kernels are launched one by
-one: those of a CUDA graph, as in training, have no names. Writes bench/results/profile-CONFIG-RESOLUTION-DEVICE.json.
+one: those of a CUDA graph, as in training, have no names. Writes
+bench/results/profile-CONFIG-RESOLUTION[-fused]-DEVICE.json.
 """
 
 from __future__ import annotations
@@ -205,6 +206,7 @@ def main() -> int:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
     config = importlib.import_module(f"configs.{options.config}").get_config()
     config.model.layers = options.layers or config.model.layers
+    config.model.fused = options.fused
     if options.remat:
         config.model.remat = options.remat
     found = profile(config, options.resolution, options.micro_batch, options.text, options.updates)
@@ -213,12 +215,13 @@ def main() -> int:
     about = {
         "device": where,
         "work": f"configs/{options.config}.py, {config.model.layers} layers, {options.resolution} pixels a side, micro-batch "
-        f"{options.micro_batch}, "
-        f"text of {options.text} tokens, remat {config.model.remat}, {options.updates} updates",
+        f"{options.micro_batch}, text of {options.text} tokens, remat {config.model.remat}, "
+        f"{'fused, ' if options.fused else ''}{options.updates} updates",
         "jax": jax.__version__,
         "command": "python -m bench.profile_step " + " ".join(sys.argv[1:]),
     }
-    device.write(f"profile-{options.config}-{options.resolution}", where, about | found)
+    label = ["profile", options.config, str(options.resolution), *(["fused"] if options.fused else [])]
+    device.write("-".join(label), where, about | found)
     return 0
 
 
@@ -228,6 +231,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("micro_batch", 8, "Images at a time.")
     flags.DEFINE_integer("text", 64, "Tokens that captions are padded to.")
     flags.DEFINE_enum("remat", None, ["none", "block"], "By default that of the configuration.")
+    flags.DEFINE_bool("fused", False, "As model.fused.")
     flags.DEFINE_integer("layers", 0, "Of the model; 0: the configuration's.")
     flags.DEFINE_integer("updates", 3, "Updates that are traced.")
     commandline.run(main)

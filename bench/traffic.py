@@ -1,13 +1,13 @@
 """What a training step would move through the memory of a card that need not be there: bytes of each kernel, and memory.
 
     pip install "jax[cuda13]==0.10.2"                                            (no card is needed, and no driver)
-    python -m bench.traffic [--config=full] [--resolution=512] [--micro_batch=8] [--text=128] [--card=h100]
+    python -m bench.traffic [--config=full] [--resolution=512] [--micro_batch=8] [--text=128] [--card=h100] [--fused]
 
 XLA compiles the trainer's sum over a micro-batch for the card by its description alone, and the program's text says what each
 kernel reads and writes. On a card whose memory is slow for its products bytes are time: what moved fewer of them here was
 faster there each time that both were tried (docs/measured.md). Without the card XLA cannot try which of its matrix
 products is the fastest, so products are Triton's here and cuBLAS's mostly there; what they read and write is the same. Memory
-agreed with an H100's to a hundredth. Writes bench/results/traffic-CONFIG-RESOLUTION-CARD.json.
+agreed with an H100's to a hundredth. Writes bench/results/traffic-CONFIG-RESOLUTION[-fused]-CARD.json.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def main() -> int:
     config = importlib.import_module(f"configs.{options.config}").get_config()
     config.model.layers = options.layers or config.model.layers
     config.model.remat = options.remat or config.model.remat
-    config.model.scan_unroll = options.scan_unroll
+    config.model.scan_unroll, config.model.fused = options.scan_unroll, options.fused
     program, parameters = compiled(options.card, config, options.resolution, options.micro_batch, options.text)
     found = summary(program, parameters)
     for row in found["lines"][:10]:
@@ -268,11 +268,12 @@ def main() -> int:
         "device": f"compiled for {CARDS[options.card][0]}, which was not there",
         "work": f"configs/{options.config}.py, {config.model.layers} layers, one micro-batch of {options.micro_batch} of "
         f"{options.resolution} pixels a side, text of {options.text} tokens, remat {config.model.remat}, scan_unroll "
-        f"{config.model.scan_unroll}",
+        f"{config.model.scan_unroll}{', fused' if options.fused else ''}",
         "jax": jax.__version__,
         "command": "python -m bench.traffic " + " ".join(sys.argv[1:]),
     }
-    device.write(f"traffic-{options.config}-{options.resolution}", options.card, about | found)
+    label = ["traffic", options.config, str(options.resolution), *(["fused"] if options.fused else [])]
+    device.write("-".join(label), options.card, about | found)
     return 0
 
 
@@ -284,5 +285,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("layers", 0, "Of the model; 0: the configuration's.")
     flags.DEFINE_enum("remat", None, ["none", "block"], "By default that of the configuration.")
     flags.DEFINE_integer("scan_unroll", 0, "As model.scan_unroll.")
+    flags.DEFINE_bool("fused", False, "As model.fused.")
     flags.DEFINE_enum("card", "h100", list(CARDS), "Which card.")
     commandline.run(main)

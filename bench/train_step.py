@@ -4,7 +4,7 @@
     .venv/bin/python -m bench.train_step --config=full --resolutions=512 --micro_batches=16 --memory_gb=24     (a GPU)
 
 Forward and backward pass, clip, AdamW and the average of the weights, each side in a process of its own: ours by the
-trainer's own functions, once for each --remat and --scan_unroll; the same architecture in PyTorch (torch_dit with
+trainer's own functions, once for each --remat, --scan_unroll and --fused; the same architecture in PyTorch (torch_dit with
 scaled_dot_product_attention, fused AdamW), eager and under torch.compile; and diffusers' PixArt of the same depth, width and
 heads. On the CPU all are float32, with huge pages, and take their turn in every round; on a GPU they are
 bfloat16, each with the memory that --memory_gb allows, and take turns where the card holds all of them, else come one after
@@ -145,7 +145,8 @@ def serve(side: str) -> None:
     else:
         import jax
 
-        config.model.remat, config.model.scan_unroll = side.split()[1], int(side.split()[3])
+        _, config.model.remat, _, unroll, *fused = side.split()
+        config.model.scan_unroll, config.model.fused = int(unroll), bool(fused)
         run, facts, _ = ours(config, batch, options.accumulation)
         peak = lambda: (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")  # noqa: E731
     print(WORD + json.dumps(facts), flush=True)
@@ -290,7 +291,8 @@ def main() -> int:
     load = os.getloadavg()
     environment, card = environment_of_sides(options.memory_gb)
     names = [
-        f"jaxdit {remat} unroll {unroll}" for remat, unroll in itertools.product(options.remat, options.scan_unroll)
+        f"jaxdit {remat} unroll {unroll}{' fused' if fused == 'yes' else ''}"
+        for remat, unroll, fused in itertools.product(options.remat, options.scan_unroll, options.fused)
     ]
     names += [name for name in PEERS if any(name.startswith(wanted) for wanted in options.peers)]
     cases, kind = [], ""
@@ -327,6 +329,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("text", 64, "Tokens that captions are padded to.")
     flags.DEFINE_list("remat", ["none"], "Choices of model.remat.")
     flags.DEFINE_list("scan_unroll", ["0"], "Choices of model.scan_unroll.")
+    flags.DEFINE_list("fused", ["no"], "Choices of model.fused: no, yes; a GPU's alone.")
     flags.DEFINE_list("peers", ["torch_dit", "diffusers pixart eager"], "Beginnings of the peers' names.")
     flags.DEFINE_integer("rounds", 5, "Times that each side takes its turn; the median counts.")
     flags.DEFINE_integer("updates", 1, "Updates a turn.")

@@ -47,6 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "dtype": "auto",  # bfloat16 on a GPU
                 "remat": "none",  # "block" takes three images where this takes one, and computes a quarter more (jaxdit.plan)
                 "scan_unroll": 0,  # no scan on a GPU: a seventh faster, 2 GB more, a minute to compile (H100)
+                "fused": False,  # our kernels between the products: 24% fewer bytes a step on a 4090, not yet timed
             },
             "flow": {
                 "mean": 0.0,  # of the timesteps, logit-normal, Esser et al. 2024, sec. 3.1

@@ -28,6 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "dtype": "auto",
                 "remat": "none",  # small enough to keep everything
                 "scan_unroll": 0,  # as in configs/full.py
+                "fused": False,  # as in configs/full.py
             },
             "flow": {
                 "mean": 0.0,

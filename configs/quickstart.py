@@ -27,6 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "dtype": "auto",
                 "remat": "none",
                 "scan_unroll": 1,
+                "fused": False,  # for a GPU
             },
             "flow": {
                 "mean": 0.0,

@@ -272,6 +272,11 @@ def kept_in_layer(
         dense += 3 * n * d
     # Sums of softmax; means and deviations; root mean squares of queries and keys.
     rows = 2 * n * k + 4 * n + (3 * n + l) * k
+    if settings.get(
+        "fused"
+    ):  # the sums that norms are given, which need what was added last no more; two numbers for each norm
+        dense += n * d if remat == "none" else 0
+        rows = 2 * n * k + 6 * n
     return b * (item * (3 * n * d + dense) + FLOAT32 * rows)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+EPSILON = 1e-6  # of the norms
 ROW = "one number a row"  # what the backward pass is given of a norm: little to keep, a whole array to read for it
 
 
@@ -71,7 +72,7 @@ def layer_norm(x: jax.Array) -> jax.Array:
 def _row_statistics(x):
     """Mean and one over the standard deviation along the last axis, which stays with size 1."""
     mean = x.mean(-1, keepdims=True)
-    return mean, jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + 1e-6)
+    return mean, jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + EPSILON)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -115,7 +116,7 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 def _root_mean_square(x):
     """One over it, along the last axis, which stays with size 1."""
-    return jax.lax.optimization_barrier(jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6))
+    return jax.lax.optimization_barrier(jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPSILON))
 
 
 def _rms_norm_forward(x, scale):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxdit import attention
+from jaxdit.fused import RESIDUAL, norm_product, split_heads
 from jaxdit.layers import ROW, Dense, gelu, modulate, rms_norm, widen
 
 TIME_FREQUENCIES = 256
@@ -105,12 +106,15 @@ class Attention(nnx.Module):
         size = x.shape[-1] // self.heads
         if context is x and jax.default_backend() != "cpu":
             # XLA makes this one product on a GPU anyway, but then copies the three gradients together; on the CPU two are faster.
-            parts = self.query, self.key_value
-            kernel = jnp.concatenate([part.kernel[...].astype(self.dtype) for part in parts], -1)
-            bias = jnp.concatenate([part.bias[...].astype(self.dtype) for part in parts], -1)
-            return jnp.split((x @ kernel + bias).reshape(*x.shape[:2], 3 * self.heads, size), 3, 2)
+            kernel, bias = self.as_one(self.query, self.key_value)
+            return jnp.split((x @ kernel + bias.astype(self.dtype)).reshape(*x.shape[:2], 3 * self.heads, size), 3, 2)
         k, v = jnp.split(self.key_value(context).reshape(*context.shape[:2], 2 * self.heads, size), 2, 2)
         return self.query(x).reshape(*x.shape[:2], self.heads, size), k, v
+
+    def as_one(self, *parts):
+        """Kernel, in the dtype of the products, and bias of dense layers side by side."""
+        kernels = [part.kernel[...].astype(self.dtype) for part in parts]
+        return jnp.concatenate(kernels, -1), jnp.concatenate([part.bias[...] for part in parts], -1)
 
 
 class Block(nnx.Module):
@@ -125,13 +129,39 @@ class Block(nnx.Module):
         self.mlp_in = Dense(width, 4 * width, dtype, rngs)
         self.mlp_out = Dense(4 * width, width, dtype, rngs)
 
-    def __call__(self, x, condition, text, lengths, angles):
+    def __call__(self, x, condition, text, lengths, angles, fused: bool):
+        if fused:
+            return self._in_few_passes(x, condition, text, lengths, angles)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(condition), 6, -1)
         h = modulate(x, shift1, scale1, self.dtype)
         x = x + gate1[:, None] * self.self_attention(h, h, angles=angles)
         x = x + self.cross_attention(self.cross_norm(x).astype(self.dtype), text, lengths=lengths)
         h = gelu(self.mlp_in(modulate(x, shift2, scale2, self.dtype)))
         return x + gate2[:, None] * self.mlp_out(h)
+
+    def _in_few_passes(self, x, condition, text, lengths, angles):
+        """The same by the kernels of fused.py."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(condition), 6, -1)
+        own, cross = self.self_attention, self.cross_attention
+        kernel, bias = own.as_one(own.query, own.key_value)
+        x, h = norm_product(x, None, None, None, 1 + widen(scale1), widen(shift1), kernel, True)
+        norms = jnp.stack([own.query_norm.scale[...], own.key_norm.scale[...]])
+        q, k, v = split_heads(h, bias, norms, angles, own.heads)
+        h = attention.attend(q, k, v, None, own.implementation).reshape(x.shape)
+
+        kernel, bias = own.as_one(own.out)
+        scale = jnp.broadcast_to(self.cross_norm.scale[...], shift1.shape)
+        into, query_bias = cross.as_one(cross.query)
+        x, h = norm_product(x, h @ kernel, bias, gate1, scale, jnp.zeros_like(scale), into, False)
+        (q,) = split_heads(h, query_bias, cross.query_norm.scale[...][None], None, cross.heads)
+        kernel, bias = cross.as_one(cross.key_value)
+        k, v = split_heads(text @ kernel, bias, cross.key_norm.scale[...][None], None, cross.heads)
+        h = attention.attend(q, k, v, lengths, cross.implementation).reshape(x.shape)
+
+        kernel, bias = cross.as_one(cross.out)
+        into, bias_in = cross.as_one(self.mlp_in)
+        x, h = norm_product(x, h @ kernel, bias, None, 1 + widen(scale2), widen(shift2), into, True)
+        return x + gate2[:, None] * self.mlp_out(gelu(h + bias_in.astype(self.dtype)))
 
 
 class DiT(nnx.Module):
@@ -150,6 +180,7 @@ class DiT(nnx.Module):
         not has one a turn then.
       attention: "cudnn" or "xla", see `mesh.attention_implementation`.
       rngs: for the initial parameters; none is kept.
+      fused: whether `separated` layers run by the kernels of fused.py.
     """
 
     def __init__(
@@ -167,9 +198,10 @@ class DiT(nnx.Module):
         scan_unroll: int,
         attention: str,
         rngs: nnx.Rngs,
+        fused: bool = False,
     ):
         dtype = jnp.dtype(dtype)
-        self.dtype, self.patch, self.remat, self.scan_unroll = dtype, patch, remat, scan_unroll
+        self.dtype, self.patch, self.remat, self.scan_unroll, self.fused = dtype, patch, remat, scan_unroll, fused
         self.head_size = width // heads
         self.patch_in = Dense(patch * patch * channels, width, dtype, rngs)
         self.time_in = Dense(TIME_FREQUENCIES, width, dtype, rngs)
@@ -215,13 +247,14 @@ class DiT(nnx.Module):
         grid = height // self.patch, width // self.patch
         angles = rotary_angles(*grid, self.head_size)
         graph, params = nnx.split(self.blocks)
+        first = jax.tree.leaves(params, is_leaf=_is_tuple)[0]
+        fused = self.fused and _is_tuple(first)
 
         def layer(h, params):
-            return nnx.merge(graph, params)(h, condition, text, lengths, angles)
+            return nnx.merge(graph, params)(h, condition, text, lengths, angles, fused)
 
         h = self.patch_in(patchify(x, self.patch).astype(self.dtype))
         h = h + position_embedding(*grid, h.shape[-1]).astype(self.dtype)
-        first = jax.tree.leaves(params, is_leaf=_is_tuple)[0]
         if self.remat != "off":
             # Where no loop parts the passes, XLA would find what is computed again and keep it instead.
             layer = jax.checkpoint(layer, prevent_cse=_is_tuple(first), policy=partial(_kept, self.remat))
@@ -303,12 +336,16 @@ def _of_layer(params, number, dtype):
 def _kept(remat: str, primitive, *inputs, **parameters) -> bool:
     """Whether the backward pass is given what this operation computes in the forward pass (else it computes it again).
 
-    Results of attention, what norms know of each row and, without remat, results of the dense layers and inputs of attention.
+    Results of attention, what norms know of each row and, without remat, results of the dense layers, sums that fused norms are
+    given and inputs of attention.
     """
-    if attention.is_result(primitive, parameters) or (primitive.name == "name" and parameters["name"] == ROW):
+    named = parameters["name"] if primitive.name == "name" else ""
+    if attention.is_result(primitive, parameters) or named == ROW:
         return True
     dense = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return remat == "none" and (attention.is_input(primitive, parameters) or dense(primitive, *inputs, **parameters))
+    return remat == "none" and (
+        named == RESIDUAL or attention.is_input(primitive, parameters) or dense(primitive, *inputs, **parameters)
+    )
 
 
 def abstract(settings: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from encode.records import InputError, read_json
 from jaxdit import checkpoint
 
 ENCODERS = ("vae", "text", "vision")
-MODEL_CODE = ("model.py", "layers.py", "attention.py", "flow.py")
+MODEL_CODE = ("model.py", "layers.py", "attention.py", "fused.py", "flow.py")
 SKIP, NEEDED, NONE = "skip", "needed", "none"
 
 

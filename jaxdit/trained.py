@@ -226,7 +226,7 @@ def model_settings(options: Any, widths: Mapping[str, int], fsdp: int = 1) -> di
 
 
 def unrolled(options: Any, *, on_card: bool, fsdp: int = 1) -> dict[str, Any]:
-    """scan_unroll, layers a turn of the scan, and remat, from a configuration's "model" section.
+    """scan_unroll, layers a turn of the scan, remat and fused, from a configuration's "model" section.
 
     Where scan_unroll is 0 one turn is all of them on a GPU, else one. On the CPU XLA keeps whatever the backward pass needs
     unless a loop parts the passes. So remat=block has the loop there whatever scan_unroll says, and remat=none is off where one
@@ -234,11 +234,12 @@ def unrolled(options: Any, *, on_card: bool, fsdp: int = 1) -> dict[str, Any]:
     Where one model is cut over fsdp devices a turn gathers one layer's parameters, never all.
     """
     if fsdp > 1:
-        return {"scan_unroll": 1, "remat": options["remat"]}
+        return {"scan_unroll": 1, "remat": options["remat"], "fused": False}
     remat, layers = options["remat"], options["scan_unroll"] or (options["layers"] if on_card else 1)
     if not on_card and layers == options["layers"] > 1:
         layers, remat = (layers, "off") if remat == "none" else (1, remat)
-    return {"scan_unroll": layers, "remat": remat}
+    fused = on_card and layers == options["layers"] > 1 and bool(options.get("fused", False))
+    return {"scan_unroll": layers, "remat": remat, "fused": fused}
 
 
 def separate(settings: Mapping[str, Any]) -> bool:

@@ -221,8 +221,9 @@ def _begun_with(path: Path) -> dict[str, Any]:
 
 
 def in_full(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration with whole paths; from before there was a choice of optimizers, it was AdamW."""
+    """A run's configuration with whole paths; from before there was a choice, it was AdamW and no fused kernels."""
     config["optim"].setdefault("name", "adamw")
+    config["model"].setdefault("fused", False)
     for name in ("init_from", "restore"):
         if named := config["train"].get(name):
             config["train"][name] = os.path.abspath(os.path.expanduser(named))

@@ -17,7 +17,7 @@ FLOORS = [
     {"trained", "update", "heldout", "origin", "startup", "quality_page"},
     {"model", "flow", "sampler", "optim", "data", "checkpoint", "mesh", "workdir", "report", "card", "estimate"},
     {"facts"},
-    {"metrics", "health", "charts", "report_pictures", "judge", "saved_shapes"},
+    {"metrics", "health", "charts", "report_pictures", "judge", "saved_shapes", "fused"},
     {
         "trackers",
         "history",

@@ -383,17 +383,19 @@ def test_the_product_and_its_gradients_are_those_of_a_plain_one(dtype, leading, 
 @pytest.mark.parametrize(
     "remat, scan_unroll, on_card, wanted",
     [
-        ("none", 0, True, (6, "none")),
-        ("block", 0, True, (6, "block")),
-        ("none", 3, False, (3, "none")),
-        ("none", 0, False, (1, "none")),
-        ("none", 6, False, (6, "off")),
-        ("block", 6, False, (1, "block")),
+        ("none", 0, True, (6, "none", True)),
+        ("block", 0, True, (6, "block", True)),
+        ("none", 3, True, (3, "none", False)),
+        ("none", 3, False, (3, "none", False)),
+        ("none", 0, False, (1, "none", False)),
+        ("none", 6, False, (6, "off", False)),
+        ("block", 6, False, (1, "block", False)),
     ],
 )
 def test_layers_run_without_a_loop_where_that_is_faster(remat, scan_unroll, on_card, wanted):
     options = {"layers": 6, "remat": remat, "scan_unroll": scan_unroll}
-    assert tuple(trained.unrolled(options, on_card=on_card).values()) == wanted
+    assert tuple(trained.unrolled(options | {"fused": True}, on_card=on_card).values()) == wanted
+    assert not trained.unrolled(options, on_card=on_card)["fused"]  # a configuration from before there was a choice
 
 
 def test_the_cpu_keeps_what_remat_would_compute_again_where_no_loop_parts_the_passes():
