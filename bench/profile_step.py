@@ -134,10 +134,20 @@ def _lines(text: str) -> Callable[[int], str]:
     return lines
 
 
+def kind(name: str, operation: Operation) -> str:
+    """ "attention" of one kernel, "products", or "the rest", which on a GPU waits for memory."""
+    if "dot_product_attention" in operation.name:
+        return "attention"
+    products = (
+        name.startswith("gemm") or operation.code.startswith(("__cublas", "dot")) or "dot_general" in operation.name
+    )
+    return "products" if products else "the rest"
+
+
 def costliest(
     found: Mapping[tuple[str, str], tuple[float, int]], programs: Mapping[str, Mapping[str, Operation]], updates: int
 ) -> dict[str, Any]:
-    """Seconds of all operations, and the rows of the costliest ones and of the costliest lines.
+    """Seconds of all operations and of each kind, and the rows of the costliest ones and of the costliest lines.
 
     Args:
       found: of `times`.
@@ -151,12 +161,17 @@ def costliest(
     found = {key: value for key, value in found.items() if known[key].code not in WAITING}
     total = sum(seconds for seconds, _ in found.values())
     by_line: dict[tuple[str, str], float] = defaultdict(float)
+    by_kind: dict[str, float] = defaultdict(float)
     for key, (seconds, _) in found.items():
         direction = "backward" if "transpose(" in known[key].name else "forward"
         by_line[known[key].lines or known[key].name or key[1], direction] += seconds
+        by_kind[kind(key[1], known[key])] += seconds
     most = sorted(found, key=lambda key: -found[key][0])[:MOST]
     return {
         "seconds of all operations, an update": round(total / updates, 6),
+        "milliseconds of each kind, an update": {
+            name: round(1e3 * seconds / updates, 3) for name, seconds in sorted(by_kind.items())
+        },
         "share of the ten": round(sum(found[key][0] for key in most) / total, 4),
         "operations": [
             {
@@ -192,13 +207,14 @@ def profile(config: Any, resolution: int, micro_batch: int, text: int, updates: 
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The costliest operations for people."""
+    """The costliest operations and the time of each kind, for people."""
     rows = [
         f"{row['share']:6.1%}  {row['milliseconds an update']:9.2f} ms  {row['times an update']:5.0f} x  {row['operation']} "
         f"({row['code']} {row['gives']})\n{'':31}{row['name']}\n{'':31}{row['lines'] or row['program']}"
         for row in found["operations"]
     ]
-    return "\n".join(rows)
+    kinds = [f"{value:9.2f} ms  {name}" for name, value in found["milliseconds of each kind, an update"].items()]
+    return "\n".join([*rows, *kinds])
 
 
 def main() -> int:

@@ -86,6 +86,10 @@ def test_a_cards_operations_are_named_from_the_program():
         ("forward", 0.2222),
         ("forward", 0.1111),
     ]
+    kinds = found["milliseconds of each kind, an update"]
+    assert kinds == {"products": 0.003, "the rest": 0.002}  # microseconds 3 and 1.5, rounded
+    kernel = profile_step.Operation("bf16[8,16]", "__cudnn$fmhaSoftmax", "jit(step)/jvp()/dot_product_attention_fwd")
+    assert profile_step.kind("custom-call.3", kernel) == "attention"
 
 
 @pytest.fixture(scope="module")
