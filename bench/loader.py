@@ -33,6 +33,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from bench import device
 from configs import full
 from encode import commandline, records
+from encode.whole_files import write_json
 
 TEXT, WIDTH, CHANNELS, SHARD = 128, 1024, 16, 128
 COUNTS = {256: 1536, 512: 1024, 1024: 640}
@@ -103,7 +104,7 @@ def write(root: Path, resolution: int, count: int, formats: list[str]) -> dict[s
         "widths": {"latent": CHANNELS, "text": WIDTH, "vision": WIDTH},
         "buckets": {bucket: {"count": count, "shards": -(-count // SHARD), "latent": [side, side, CHANNELS]}},
     }  # fmt: skip
-    records.write_json(root / "ours" / "dataset.json", facts)
+    write_json(root / "ours" / "dataset.json", facts)
     shutil.copytree(root / "ours", root / PLAIN)
     for shard in (root / PLAIN).rglob("*.array_record-*"):
         content = ArrayRecordReader(str(shard)).read_all()

@@ -28,6 +28,7 @@ from absl import flags
 
 from bench import device
 from encode import commandline, records
+from encode.whole_files import write_json
 
 BUCKETS, SHARD, MICRO_BATCH, PASSES = 10, 1000, 8, 50
 WIDTHS = {"latent": 16, "text": 12, "vision": 6}
@@ -57,7 +58,7 @@ def stand_in(root: Path, count: int) -> None:
         "latent_mean": [0.0] * WIDTHS["latent"], "latent_std": [1.0] * WIDTHS["latent"],
         "buckets": {name: {"count": per_bucket, "shards": per_bucket // size} for name in names},
     }  # fmt: skip
-    records.write_json(root / "dataset.json", facts)
+    write_json(root / "dataset.json", facts)
 
 
 def _record(rng, bucket: str, number: int, height: int, width: int) -> dict:

@@ -22,7 +22,8 @@ from PIL import Image
 
 from encode import commandline
 from encode.demo_drawing import OBJECTS, POSES, draw
-from encode.records import InputError, publish, write_json
+from encode.records import InputError
+from encode.whole_files import whole_file, write_json
 
 VERSION = 1  # of the drawings
 SIDES = ("left", "right")
@@ -155,11 +156,8 @@ def _claim(folder: Path, settings: dict[str, int]) -> None:
 
 
 def _write(path: Path, write: Callable) -> None:
-    """A file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
         write(file)
-    publish(temporary, path)
 
 
 def main() -> int:

@@ -8,12 +8,12 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from encode import buckets, captions, records, report, stats
 from encode.records import InputError
 from encode.source import Problem
+from encode.whole_files import write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def finish(context: Any, plan, jobs: Sequence[Any], parts: Sequence[Mapping], refused: Sequence[Problem]) -> None:
     """quarantine.jsonl, the buckets' TFDS metadata, the report, and dataset.json of each resolution, last."""
     config, out = context.config, context.out
-    _write_lines(out / "quarantine.jsonl", _lines(refused))
+    write_text(out / "quarantine.jsonl", _lines(refused))
     if not any(part["records"] for part in parts):
         raise InputError(f"{config.images}: every input was refused; {out / 'quarantine.jsonl'} says why.")
     datasets = {size: _dataset(context, plan, jobs, parts, size) for size in config.resolutions}
@@ -29,7 +29,7 @@ def finish(context: Any, plan, jobs: Sequence[Any], parts: Sequence[Mapping], re
         for shape in sorted({job.shape for job in jobs}):
             records.finish_bucket(context.root(size), context.bucket(shape, size), context.spec(shape, size))
     names = [row[0] for part in parts for row in part["records"]]
-    _write_lines(out / "unflipped.jsonl", _unflipped(context, plan, names))
+    write_text(out / "unflipped.jsonl", _unflipped(context, plan, names))
     try:
         page = report.build(context, plan, jobs, parts, refused, datasets)
     except InputError:
@@ -38,10 +38,9 @@ def finish(context: Any, plan, jobs: Sequence[Any], parts: Sequence[Mapping], re
         log.exception("The page cannot be drawn; the data set is complete without it, and the next call tries again.")
         (out / "report.html").unlink(missing_ok=True)
     else:
-        (out / ".report.html.tmp").write_text(page, encoding="utf-8")
-        records.publish(out / ".report.html.tmp", out / "report.html")
+        write_text(out / "report.html", page)
     for size in config.resolutions:
-        records.write_json(context.root(size) / "dataset.json", datasets[size])
+        write_json(context.root(size) / "dataset.json", datasets[size])
 
 
 def is_finished(context: Any, jobs: Sequence[Any], refused: Sequence[Problem]) -> bool:
@@ -63,12 +62,6 @@ def is_finished(context: Any, jobs: Sequence[Any], refused: Sequence[Problem]) -
 
 def _lines(refused: Sequence[Problem]) -> str:
     return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in refused)
-
-
-def _write_lines(path: Path, lines: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(lines, encoding="utf-8")
-    records.publish(temporary, path)
 
 
 def _unflipped(context: Any, plan: Mapping[str, Any], names: Sequence[str]) -> str:

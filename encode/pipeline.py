@@ -27,6 +27,7 @@ from encode.records import InputError
 from encode.shard import Context, Encoded, Encoders, Job, WorkFailed, batches, encode_batch, encode_shard
 from encode.sidecars import shown
 from encode.source import Collection, Item, Problem, walk
+from encode.whole_files import sweep, write_json
 from encode.workers import CannotStart, Workers
 
 __all__ = [
@@ -112,7 +113,7 @@ def begin(
 
 
 def _run(config: Any, out: Path, encoders: Encoders, workers: Workers, stop, only) -> Summary:
-    records.sweep(out)
+    sweep(out)
     context, plan, jobs = begin(config, encoders, workers, stop, only)
     say_problems("before encoding", plan["quarantine"])
     largest, pictures = max(config.resolutions), Counter()
@@ -208,7 +209,7 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
         for file in unfinished:  # before the plan: killed in between, the same call begins them again
             file.unlink(missing_ok=True)
         (out / "parts").mkdir(exist_ok=True)
-        records.write_json(path, plan)
+        write_json(path, plan)
         for size in config.resolutions if unfinished else ():
             (out / str(size) / "dataset.json").unlink(missing_ok=True)
     return plan

@@ -22,11 +22,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from encode import plan as plan_rules
-from encode import prepare, records
+from encode import prepare
 from encode.images import ImageProblem
 from encode.progress import DISK_FULL, disk_full
 from encode.records import InputError
 from encode.shard import Context, Job, WorkFailed, encode_shard
+from encode.whole_files import name_writer
 from encode.workers import CannotStart, Workers
 
 TOKEN = ".ray-token"  # in OUT: an actor that reads what the driver wrote shares the folder
@@ -81,7 +82,7 @@ class Actor:
     def start(self) -> Outcome:
         """Prove that this machine can do the work, and load the encoders."""
         order, node = self.order, socket.gethostname()
-        records.name_writer(f"{node}-{os.getpid()}")  # a node that was given up for lost may still be writing
+        name_writer(f"{node}-{os.getpid()}")  # a node that was given up for lost may still be writing
         vars(sys.modules["__main__"]).pop("__file__", None)  # Ray's own program: the decoders would run it
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the server that forks them
         if not order.gpus:  # Ray would let it see all of them

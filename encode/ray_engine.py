@@ -22,12 +22,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from encode import records
 from encode.progress import Progress
 from encode.ray_actor import TOKEN, Actor, Key, Order, Outcome, Report, key
 from encode.records import InputError
 from encode.shard import Context, Job, Stopped, WorkFailed
 from encode.source import Item
+from encode.whole_files import sweep
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 try:
@@ -76,7 +76,7 @@ def encode(context: Context, plan: Mapping[str, Any], jobs: Sequence[Job], progr
         _await(context, jobs)
     finally:
         token.unlink(missing_ok=True)
-        records.sweep(context.out)
+        sweep(context.out)
 
 
 @contextlib.contextmanager

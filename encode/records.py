@@ -23,6 +23,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
+from encode.whole_files import whole_file
+
 SCHEMA = 1
 VERSION = "1.0.0"
 SPLIT = "train"
@@ -31,7 +33,6 @@ DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float
 INDEX_DTYPE = np.dtype([("pixel_hash", "S32"), ("text_length", "<i4"), ("text_flip_length", "<i4"), ("flags", "u1")])
 CAN_FLIP, HAS_MASK = 1, 2  # bits of the index column "flags"
 PRECOMPUTED = {"id": "precomputed"}  # fingerprint of vision vectors that were given: nobody knows their encoder
-_writer = ""  # part of temporary files' names
 ARRAYS = ("latent", "latent_flip", "text", "text_flip", "vision", "vision_flip", "mask")
 STRINGS = ("id", "caption", "caption_flip", "pixel_hash")
 
@@ -164,25 +165,20 @@ def write_shard(root: Path, bucket: str, shard: int, records: Sequence[Mapping[s
             serialized.append(_serialize(record, spec))
         except Exception as error:
             raise ValueError(f"{record['id']}: cannot be stored in bucket {bucket}: {error}") from error
-    temporary = _temporary(target)
-    try:
-        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+    with whole_file(target) as temporary:
         try:
-            for example in serialized:
-                writer.write(example)
-        finally:
-            writer.close()
-    except RuntimeError as error:  # a full disk, most of the time; the writer has no other word for it
-        temporary.unlink(missing_ok=True)
-        raise OSError(errno.ENOSPC, f"the shard cannot be written ({error})", str(temporary)) from error
-    if not _holds(temporary, serialized):  # nor does it always report one
-        temporary.unlink(missing_ok=True)
-        raise OSError(errno.ENOSPC, "the shard does not read back as written; is the disk full?", str(temporary))
-    publish(temporary, target)
-    index = index_path(root, bucket, shard)
-    with open(_temporary(index), "wb") as file:
+            writer = ArrayRecordWriter(str(temporary), "group_size:1")
+            try:
+                for example in serialized:
+                    writer.write(example)
+            finally:
+                writer.close()
+        except RuntimeError as error:  # a full disk, most of the time; the writer has no other word for it
+            raise OSError(errno.ENOSPC, f"the shard cannot be written ({error})", str(temporary)) from error
+        if not _holds(temporary, serialized):  # nor does it always report one
+            raise OSError(errno.ENOSPC, "the shard does not read back as written; is the disk full?", str(temporary))
+    with whole_file(index_path(root, bucket, shard)) as temporary, open(temporary, "wb") as file:
         np.save(file, index_rows(records), allow_pickle=False)
-    publish(_temporary(index), index)
 
 
 def _serialize(record: Mapping[str, Any], spec) -> bytes:
@@ -214,40 +210,6 @@ def _holds(path: Path, serialized: Sequence[bytes]) -> bool:
         return False
 
 
-def name_writer(name: str) -> None:
-    """Where several machines write into one folder, each process has temporary files of its own name.
-
-    Two that write the same shard (one was given up for lost, and is not) then publish the same bytes, one after the other.
-    """
-    global _writer
-    _writer = f".{name}"
-
-
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}{_writer}.tmp")
-
-
-def sweep(folder: Path) -> None:
-    """Remove temporary files of processes that ended; only for who holds the folder's lock."""
-    for left in folder.rglob(".*.tmp"):
-        left.unlink(missing_ok=True)
-
-
-def publish(temporary: Path, target: Path) -> None:
-    """Give a finished file its name: after a crash the name holds all of its bytes, or does not exist."""
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as some network and user-space file systems answer
-            raise
-    finally:
-        os.close(folder)
-
-
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Hold a folder's lock, so that two processes never write into it; it ends with the process, however that ends.
@@ -264,13 +226,6 @@ def only_one(folder: Path) -> Iterator[None]:
                 f"{folder}: another process is writing into it; wait for it, or name another folder."
             ) from error
         yield
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = _temporary(path)
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    publish(temporary, path)
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from encode import dataset_check, pipeline, prepare, records, shard_check, stats
 from encode.expected import Data, Shard
 from encode.shard_check import Found
+from encode.whole_files import whole_file, write_json
 
 
 class Changed(ValueError):
@@ -53,7 +54,7 @@ def encode_again(
     new = part | {"stats": part["stats"] | totals} if part else fresh | {"stats": totals}
     written = []
     if new != part:
-        records.write_json(shard.part, new)
+        write_json(shard.part, new)
         written.append(data.name(shard.part))
     if shard_damaged:
         spec = data.spec(shard.bucket)
@@ -110,10 +111,8 @@ def _refuse_changed(data: Data, fresh: Mapping[str, Any], known: Mapping[str, st
 def write_index(data: Data, shard: Shard, found: Found) -> str:
     """The index of a sound shard; returns its name."""
     path = records.index_path(data.root, shard.bucket, shard.number)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.save(file, found.rows, allow_pickle=False)
-    records.publish(temporary, path)
     return data.name(path)
 
 
@@ -123,5 +122,5 @@ def write_dataset(data: Data, found: Mapping[Shard, Found]) -> str:
     value = dict(data.base) | dict(data.own or {}) | dataset_check.wanted(data, found, {}, {})
     names = [name for name in dataset_check.ORDER if name in value]
     names += [name for name in value if name not in names]
-    records.write_json(path, {name: value[name] for name in names})
+    write_json(path, {name: value[name] for name in names})
     return data.name(path)

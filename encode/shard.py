@@ -24,6 +24,7 @@ from encode.plan import Stopped, WorkFailed
 from encode.progress import Progress, Speed, out_of_memory
 from encode.records import InputError
 from encode.source import Item, Problem
+from encode.whole_files import write_json
 from encode.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ def encode_shard(context: Context, job: Job, read: Iterator, progress: Progress)
         missing = list(config.resolutions)  # pictures have changed since a stop between two of them
         for size in missing:
             context.index(job, size).unlink(missing_ok=True)
-    records.write_json(context.part(job), part)
+    write_json(context.part(job), part)
     for size in missing:
         name = context.bucket(job.shape, size)
         records.write_shard(context.root(size), name, job.number, made.rows[size], context.spec(job.shape, size))

@@ -24,6 +24,7 @@ from absl import flags
 from encode import buckets, commandline, contact_sheet, images, pipeline, records, selection, stats, survey
 from encode import main as encode_main
 from encode.records import InputError
+from encode.whole_files import whole_file, write_json
 from encode.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def subset(call: Call, stop: Callable[[], bool] = lambda: False) -> list[str]:
             root = copy(call, dataset, chosen, stop)
         sheet = _sheet(call, dataset, chosen, originals)
         note = _note(call, dataset, settings, found, choice, chosen, originals)
-        records.write_json(call.out / "subset.json", note)
+        write_json(call.out / "subset.json", note)
     return [*_sentences(note), f"Data set: {root}", *([f"Contact sheet: {sheet}"] if sheet else [])]
 
 
@@ -112,7 +113,7 @@ def copy(call: Call, dataset: Mapping[str, Any], chosen: Sequence[survey.Image],
     mean, std, _ = stats.mean_and_std(total)
     changed = {"count": len(chosen), "buckets": infos, "text_longest": longest, "duplicates": 0}
     changed |= {"latent_mean": mean, "latent_std": std, "latent_count": total.count}
-    records.write_json(root / "dataset.json", dict(dataset) | changed)
+    write_json(root / "dataset.json", dict(dataset) | changed)
     return root
 
 
@@ -179,14 +180,14 @@ def _finished(call: Call, settings: Mapping[str, Any], resolution: int) -> bool:
     """Whether this call was carried out before; the first file written says what the folder is for."""
     path = call.out / ".subset" / "call.json"
     if not path.exists():
-        records.write_json(path, settings)
+        write_json(path, settings)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not readable as JSON ({error}); remove {call.out} and call again.") from error
     differing = [name for name in settings if found.get(name) != settings[name]]
     if differing and all(path.name == ".subset" for path in call.out.iterdir()):  # a call that was refused
-        records.write_json(path, settings)
+        write_json(path, settings)
     elif differing:
         names = {"data": "another data set, or this one before it changed", "count": "another --count"}
         said = ", ".join(names.get(name, f"another --{name}") for name in differing)
@@ -248,8 +249,8 @@ def _sheet(call: Call, dataset: Mapping[str, Any], chosen: Sequence[survey.Image
         log.info("The contact sheet shows the first %d of %d images.", len(shown), len(chosen))
     page = contact_sheet.draw(pictures, [f"{number}. {image.caption}" for number, image in enumerate(shown, 1)])
     path = call.out / "contact_sheet.png"
-    page.save(call.out / f".{path.name}.tmp", "PNG")
-    records.publish(call.out / f".{path.name}.tmp", path)
+    with whole_file(path) as temporary:
+        page.save(temporary, "PNG")
     return path
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from encode import commandline
-from encode.records import InputError, publish
+from encode.records import InputError
+from encode.whole_files import whole_file
 from jaxdit.wishes import ID, Wish
 
 LONGEST = 48  # signs of a prompt in a file's name
@@ -50,13 +51,9 @@ class Album:
         info = PngInfo()
         for key, value in settings.items():
             info.add_itxt(key, value)
-        temporary = self.folder / f".{name}.tmp"
-        try:
-            image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+        image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+        with whole_file(self.folder / name) as temporary:
             image.save(temporary, "PNG", pnginfo=info)
-            publish(temporary, self.folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def pixels(self, name: str) -> np.ndarray:
         """[height, width, 3] uint8."""

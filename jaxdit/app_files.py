@@ -11,7 +11,8 @@ import threading
 from pathlib import Path
 from urllib.parse import quote
 
-from encode.records import InputError, publish
+from encode.records import InputError
+from encode.whole_files import publish
 from jaxdit import album
 
 UPLOAD_BYTES, UPLOAD_PIXELS = 40 * 2**20, 100_000_000

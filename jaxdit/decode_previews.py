@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from encode import commandline
-from encode.records import InputError, publish, read_json
+from encode.records import InputError, read_json
+from encode.whole_files import whole_file
 
 LATENTS, ENCODED = "latents.npz", ".encoded.npz.tmp"
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,9 +86,8 @@ def _decode_step(vae: Any, folder: Path, words: Mapping[str, Mapping[str, str]])
             info = PngInfo()
             for key, value in {"step": folder.name, **words.get(name, {})}.items():
                 info.add_itxt(key, value)
-            temporary = folder / f".{name}.png.tmp"
-            Image.fromarray(vae.decode(latent[None])[0]).save(temporary, "PNG", pnginfo=info)
-            publish(temporary, folder / f"{name}.png")
+            with whole_file(folder / f"{name}.png") as temporary:
+                Image.fromarray(vae.decode(latent[None])[0]).save(temporary, "PNG", pnginfo=info)
         # A run that came past this step again may have left new latents meanwhile: then those still wait.
         if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             path.unlink()

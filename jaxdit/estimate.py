@@ -234,6 +234,12 @@ def largest_micro_batch(
     return low
 
 
+def in_words(settings: Mapping[str, Any]) -> str:
+    """How a step of the model runs, for people."""
+    fused = ", fused" if settings["fused"] else ""
+    return f"attention {settings['attention']}, remat {settings['remat']}{fused}"
+
+
 def choices(settings: Mapping[str, Any]) -> tuple[str, str]:
     """What remat can be on the device of these settings, the one that keeps more first."""
     return ("off" if settings["remat"] == "off" else "none"), "block"

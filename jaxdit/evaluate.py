@@ -27,7 +27,8 @@ from absl import flags
 from PIL import Image
 
 from encode import commandline
-from encode.records import InputError, only_one, publish
+from encode.records import InputError, only_one
+from encode.whole_files import write_text
 from jaxdit import checkpoint, exam, judged_images, mesh, page, quality_page, trained
 from jaxdit.metrics import duration
 
@@ -207,9 +208,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """The whole file or none of it: a kill leaves the rows of before."""
     rows = sorted(rows, key=lambda row: (row["asked"], row["weights"], row["step"]))
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    publish(temporary, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _save(out: Path, name: str, strips: Sequence[tuple[str, list]]) -> list[dict[str, Any]]:

@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from encode import commandline
-from encode.records import InputError, read_json, write_json
+from encode.records import InputError, read_json
+from encode.whole_files import write_json
 from jaxdit import card, checkpoint, model, seal, state_dict, trained
 
 ROOT = Path(__file__).parents[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from encode.records import InputError, publish
+from encode.records import InputError
+from encode.whole_files import whole_file
 from jaxdit import data, judge, quality, trained
 from jaxdit.metrics import duration
 
@@ -155,31 +157,36 @@ def know(dataset, run, rows, file: Path, views: int, words: str) -> Known:
     files = {name: file.with_name(f"{file.name}_{name}.npy") for name in shapes}
     if not all(path.exists() for path in files.values()):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = {name: path.with_name(f".{path.name}.tmp") for name, path in files.items()}
-        kept = {
-            name: np.lib.format.open_memmap(path, "w+", "S32" if name == "hashes" else np.float32, shapes[name])
-            for name, path in temporary.items()
-        }
-        began = said = time.monotonic()
-        for start in range(0, len(places), READ):
-            part = places[start : start + READ]
-            for bucket in sorted({name for name, _ in part}):
-                members = [k for k, (name, _) in enumerate(part) if name == bucket]
-                records, at = dataset.records(bucket, [part[k][1] for k in members]), [start + k for k in members]
-                kept["hashes"][at] = [record["pixel_hash"] for record in records]
-                for view, end in enumerate(("", "_flip")[:views]):
-                    latents = np.stack([record["latent" + end] for record in records]).astype(np.float32)
-                    kept["latents"][at, view] = quality.thumbnails(data.normalized(latents, run.dataset))
-                    kept["vectors"][at, view] = np.stack([record["vision" + end] for record in records])
-            done = start + len(part)
-            if (now := time.monotonic()) - said > SAY:
-                said, rate = now, done / (now - began)
-                left = duration((len(places) - done) / rate)
-                print(f"{done:,} of {len(places):,} {words} images read, {rate:.3g} a second, {left} left.", flush=True)
-        for name, path in temporary.items():
-            kept[name].flush()
-            publish(path, files[name])
+        with contextlib.ExitStack() as stack:
+            kept = {
+                name: np.lib.format.open_memmap(
+                    stack.enter_context(whole_file(path)), "w+", "S32" if name == "hashes" else np.float32, shapes[name]
+                )
+                for name, path in files.items()
+            }
+            _fill(kept, dataset, run, places, views, words)
+            for part in kept.values():
+                part.flush()
     arrays = {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in files.items()}
     if any(arrays[name].shape != shape for name, shape in shapes.items()):
         raise InputError(f"{file.parent}: its arrays belong to other data; remove this folder.")
     return Known(**arrays, places=places)
+
+
+def _fill(kept, dataset, run, places, views, words):
+    began = said = time.monotonic()
+    for start in range(0, len(places), READ):
+        part = places[start : start + READ]
+        for bucket in sorted({name for name, _ in part}):
+            members = [k for k, (name, _) in enumerate(part) if name == bucket]
+            records, at = dataset.records(bucket, [part[k][1] for k in members]), [start + k for k in members]
+            kept["hashes"][at] = [record["pixel_hash"] for record in records]
+            for view, end in enumerate(("", "_flip")[:views]):
+                latents = np.stack([record["latent" + end] for record in records]).astype(np.float32)
+                kept["latents"][at, view] = quality.thumbnails(data.normalized(latents, run.dataset))
+                kept["vectors"][at, view] = np.stack([record["vision" + end] for record in records])
+        done = start + len(part)
+        if (now := time.monotonic()) - said > SAY:
+            said, rate = now, done / (now - began)
+            left = duration((len(places) - done) / rate)
+            print(f"{done:,} of {len(places):,} {words} images read, {rate:.3g} a second, {left} left.", flush=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from encode.records import publish
+from encode.whole_files import publish
 from jaxdit import trackers
 
 DATED = 3 * 3600.0  # a run that ends later than this is told the day and the hour

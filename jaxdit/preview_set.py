@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from encode import commandline
-from encode.records import InputError, publish, write_json
+from encode.records import InputError
+from encode.whole_files import whole_file, write_json
 from jaxdit import data, decode_previews, trained
 from jaxdit.orbax_log import first_line
 
@@ -86,13 +87,11 @@ def choose(folder: Path, dataset: data.Dataset, config: Any) -> FixedSet:
         [places[k % len(places)][0] for k in range(len(chosen))],
         trained.conditions_of([text for _, text, _ in chosen], [vision for _, _, vision in chosen], description),
     )
-    temporary = folder / ".conditions.npz.tmp"
-    with open(temporary, "wb") as file:
+    with whole_file(folder / "conditions.npz") as temporary, open(temporary, "wb") as file:
         words = {"bucket": fixed.buckets, "run": _run(dataset.info), "asked": _asked(config), "drawn": _drawn(config)}
         np.savez_compressed(
             file, **fixed.conditions, **{name: np.array(value, np.str_) for name, value in words.items()}
         )
-    publish(temporary, folder / "conditions.npz")
     write_json(folder / "previews.json", fixed.pictures)
     return fixed
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from encode.records import publish
+from encode.whole_files import whole_file
 from jaxdit import data, decode_previews, preview_set, sampler, trained
 from jaxdit.orbax_log import first_line
 
@@ -152,13 +152,8 @@ class Previews:
     def _write(self, step: int, latents: Mapping[str, np.ndarray]) -> None:
         target = self._latents(step)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **latents)
-            publish(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(target) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **latents)
 
     def _latents(self, step: int) -> Path:
         return self.folder / str(step) / decode_previews.LATENTS

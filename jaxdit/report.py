@@ -17,7 +17,8 @@ import numpy as np
 
 from encode.page import fold, tiles
 from encode.page import table as rich_table
-from encode.records import InputError, publish
+from encode.records import InputError
+from encode.whole_files import write_text
 from jaxdit import health, report_pictures
 from jaxdit.charts import COLOURS, Line, chart, grid, stretches
 from jaxdit.facts import Facts, look
@@ -68,12 +69,7 @@ def write(
         raise InputError(f"{samples}: samples.json is missing, so this is no folder that jaxdit.sample wrote.")
     out = Path(out or workdir / "report.html")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        temporary.write_text(build(workdir, samples, encoded, out.parent), encoding="utf-8")
-        publish(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(out, build(workdir, samples, encoded, out.parent))
     return out
 
 

@@ -24,7 +24,8 @@ import numpy as np
 from absl import flags
 
 from encode import commandline
-from encode.records import InputError, only_one, write_json
+from encode.records import InputError, only_one
+from encode.whole_files import write_json
 from jaxdit import album, conditions, data, render, sampler, sheet, trained, wishes
 from jaxdit.cache import Cache, cache_folder
 from jaxdit.metrics import duration

@@ -11,7 +11,8 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from encode.records import InputError, read_json, write_json
+from encode.records import InputError, read_json
+from encode.whole_files import write_json
 
 NAME = "seal.json"
 LANDED = "saved.json"  # of a working folder: the last step that was saved there

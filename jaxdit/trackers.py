@@ -26,7 +26,8 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import masked_crc32c
 
-from encode.records import InputError, write_json
+from encode.records import InputError
+from encode.whole_files import write_json
 
 FINISH_SECONDS = 20.0  # what the end of a run waits for uploads; a stopped run must be gone within a minute
 START_SECONDS = 30.0  # what the start waits for an answer: of the network, and of a person asked for an API key

@@ -29,7 +29,8 @@ import numpy as np
 from absl import flags
 
 from encode import commandline
-from encode.records import InputError, write_json
+from encode.records import InputError
+from encode.whole_files import write_json
 from jaxdit import advice, data, gate_page, judge, judged_images, mesh, model, origin, trained, update
 
 IMAGES, BATCH, GRADIENT_IMAGES = 100, 20, 32

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from encode.records import InputError, read_json, write_json
+from encode.records import InputError, read_json
+from encode.whole_files import write_json
 
 FIXED = (
     *("model.layers", "model.width", "model.heads", "model.patch", "model.dtype", "flow", "optim.name"),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from configs import quickstart
 from encode import demo_encoders
-from encode.records import write_json
+from encode.whole_files import write_json
 from jaxdit import checkpoint, model, trained
 
 STEP = 40

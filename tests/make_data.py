@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from encode import records
+from encode.whole_files import write_json
 
 BF16 = ml_dtypes.bfloat16
 
@@ -49,7 +50,7 @@ def dataset(root: Path, counts: dict[str, int], *, channels=16, text=12, vision=
             row[name].astype(np.float64).reshape(-1, channels) for row in rows for name in ("latent", "latent_flip")
         ]
     flat = np.concatenate(latents)
-    records.write_json(
+    write_json(
         root / "dataset.json",
         {
             "schema": records.SCHEMA,

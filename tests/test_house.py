@@ -38,7 +38,13 @@ FLOORS = [
         "cache",
     },
 ]
-SHARED = {"encode.records", "encode.commandline", "encode.writing", "encode.page"}  # what both halves import
+SHARED = {
+    "encode.records",
+    "encode.commandline",
+    "encode.writing",
+    "encode.page",
+    "encode.whole_files",
+}  # what both halves import
 EDGE = {
     "sample",
     "conditions",

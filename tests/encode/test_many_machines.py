@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from encode import main, ray_actor, records
+from encode import main, ray_actor, whole_files
 from encode.records import InputError
 from tests.encode import fakes
 
@@ -38,17 +38,18 @@ def test_a_machine_proves_that_it_shares_both_folders(tmp_path):
 
 
 def test_two_writers_of_one_folder_have_temporary_files_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_writer", "")
+    monkeypatch.setattr(whole_files, "_writer", "")
     target = tmp_path / "part.json"
-    plain = records._temporary(target)
-    records.name_writer("node-1")
-    assert len({plain, records._temporary(target), target}) == 3
-    assert records._temporary(target).name.startswith(".")
-    records.write_json(target, {})
-    records._temporary(target).touch()
+    with whole_files.whole_file(target) as plain:
+        whole_files.name_writer("node-1")
+        with whole_files.whole_file(target) as own:
+            assert len({plain, own, target}) == 3 and own.name.startswith(".")
+            own.touch()
+        plain.touch()
+    (tmp_path / ".part.json.node-2.tmp").touch()
     (tmp_path / "128").mkdir()
     (tmp_path / "128" / ".index.npy.node-2.tmp").touch()
-    records.sweep(tmp_path)
+    whole_files.sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["128", "part.json"]
 
 

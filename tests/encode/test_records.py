@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from encode import records
+from encode.whole_files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = records.features([4, 6, 2], 3, 5)
@@ -136,7 +137,7 @@ def test_a_file_system_that_cannot_sync_a_folder_will_do_and_a_failing_one_not(t
 
     monkeypatch.setattr(os, "fsync", of_files_alone)
     with contextlib.nullcontext() if answer == errno.EINVAL else pytest.raises(OSError, match="Input/output"):
-        records.write_json(tmp_path / "x.json", {"a": 1})
+        write_json(tmp_path / "x.json", {"a": 1})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
@@ -180,7 +181,7 @@ def test_bytes_are_on_the_disk_before_they_get_their_name_and_the_name_after(tmp
     name_of = lambda number: Path(os.readlink(f"/proc/self/fd/{number}")).name  # noqa: E731
     monkeypatch.setattr(os, "fsync", lambda number: (told.append(name_of(number)), sync(number)))
     monkeypatch.setattr(os, "replace", lambda old, new: (told.append(f"-> {Path(new).name}"), replace(old, new)))
-    records.write_json(tmp_path / "x.json", {"a": 1})
+    write_json(tmp_path / "x.json", {"a": 1})
     assert told == [".x.json.tmp", "-> x.json", tmp_path.name]
 
 

@@ -17,10 +17,11 @@ from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from configs import encode_demo
-from encode import contact_sheet, demo, pipeline, records, selection, stats, subset, survey, writing
+from encode import contact_sheet, demo, pipeline, records, selection, stats, subset, survey, whole_files, writing
 from encode import main as encode_main
 from encode.demo_encoders import DemoVAE, oklab
 from encode.records import InputError
+from encode.whole_files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES, CHOSEN = 200, 30
@@ -315,7 +316,7 @@ def test_a_finished_call_says_so_and_does_nothing(chosen, data):
 def test_a_crash_at_any_file_loses_nothing(few, tmp_path, monkeypatch):
     _, root = few
     subset.subset(subset.Call(root, tmp_path / "undisturbed", 8))
-    publish, crashes = records.publish, 0
+    publish, crashes = whole_files.publish, 0
     for last in itertools.count():
         done = []
 
@@ -326,12 +327,12 @@ def test_a_crash_at_any_file_loses_nothing(few, tmp_path, monkeypatch):
             publish(temporary, target)
 
         out = tmp_path / str(last)
-        monkeypatch.setattr(records, "publish", crash)
+        monkeypatch.setattr(whole_files, "publish", crash)
         try:
             subset.subset(subset.Call(root, out, 8))
         except KeyboardInterrupt:
             crashes += 1
-            monkeypatch.setattr(records, "publish", publish)
+            monkeypatch.setattr(whole_files, "publish", publish)
             assert not (out / "subset.json").exists()
             subset.subset(subset.Call(root, out, 8))
         assert _tree(out) == _tree(tmp_path / "undisturbed")
@@ -453,7 +454,7 @@ def test_the_contact_sheet_is_there_without_originals_and_the_set_is_there_witho
     shutil.copytree(root, other)
     dataset = records.load_dataset(other)
     dataset["encoders"]["vae"]["name"] = "unknown"
-    records.write_json(other / "dataset.json", dataset)
+    write_json(other / "dataset.json", dataset)
     said = subset.subset(subset.Call(other, tmp_path / "none", 8, images=gone))
     assert not any(line.startswith("Contact sheet") for line in said)
     assert records.load_dataset(tmp_path / "none" / "128")["count"] == 8

@@ -13,6 +13,7 @@ import pytest
 
 from encode import records
 from encode.records import InputError
+from encode.whole_files import write_json
 from jaxdit import checkpoint, saved_shapes, seal
 
 ROOT = Path(__file__).parents[2]
@@ -314,7 +315,7 @@ def save_on(workdir, *days):
         saver.wait()
         saver._sealing.join()
         path = saver.folder / str(step) / "seal.json"
-        records.write_json(path, records.read_json(path, "") | {"saved": 86_400.0 * day})
+        write_json(path, records.read_json(path, "") | {"saved": 86_400.0 * day})
     saver.wait()
     saver.close()
     return checkpoint.saved_steps(workdir)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from encode import records
+from encode.whole_files import write_json
 from jaxdit import data, order
 
 ROOT = Path(__file__).parents[2]
@@ -314,7 +315,7 @@ def test_wrong_data_sets_are_refused_with_the_reason(tmp_path, what):
     if what == "unfinished":
         (root / "dataset.json").unlink()
     if what == "schema":
-        records.write_json(root / "dataset.json", json.loads((root / "dataset.json").read_text()) | {"schema": 99})
+        write_json(root / "dataset.json", json.loads((root / "dataset.json").read_text()) | {"schema": 99})
     path = {"missing": tmp_path / "nothing", "above": tmp_path}.get(what, root)
     with pytest.raises(records.DatasetError, match=expected):
         data.Dataset(path)

@@ -19,7 +19,8 @@ from tiny_run import tiny
 
 from bench import gate_power
 from encode import encoders
-from encode.records import InputError, write_json
+from encode.records import InputError
+from encode.whole_files import write_json
 from jaxdit import checkpoint, data, evaluate, exam, judge, judged_images, model, quality, quality_page, train, trained
 
 ROOT = Path(__file__).parents[2]

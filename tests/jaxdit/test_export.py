@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from encode.records import InputError, write_json
+from encode.records import InputError
+from encode.whole_files import write_json
 from jaxdit import card, checkpoint, export, model, origin, sampler, trained
 from torch_dit.pipeline import DiTModel
 

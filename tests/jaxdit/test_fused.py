@@ -35,10 +35,14 @@ def assert_same(ours, plain, arguments):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(2, 20, 24, 12), (1, 16, 32, 8), (2, 7, 16, 40)]
-)  # rows and widths that fit, and not
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("given", ["x", "added", "gated"])
+    "sizes, centred, given",  # rows and widths that fit, and not
+    [
+        ((2, 20, 24, 12), True, "gated"),
+        ((2, 20, 24, 12), False, "added"),
+        ((1, 16, 32, 8), False, "gated"),
+        ((2, 7, 16, 40), True, "x"),
+    ],
+)
 def test_a_norm_with_its_residual_sum_and_product_is_that_of_the_formula(sizes, centred, given):
     b, n, d, e = sizes
     shapes = [(b, n, d), (b, n, d), (d,), (b, d), (b, d), (b, d), (d, e)]
@@ -73,12 +77,11 @@ def test_heads_are_those_of_norm_and_rotation(n, heads, size, parts, normed, tur
     assert_same(ours, plain, (x, bias, scales))
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
-def test_a_model_with_fused_kernels_is_the_same_model(remat):
+def test_a_model_with_fused_kernels_is_the_same_model():
     arguments = inputs()
 
     def answers(**changes):
-        graph, params = trained_like(remat=remat, **changes)
+        graph, params = trained_like(**changes)
         run = jax.jit(lambda params: jnp.square(nnx.merge(graph, model.separated(params))(*arguments)).mean())
         return jax.value_and_grad(run)(params)
 
@@ -102,8 +105,7 @@ def test_kernels_are_fused_in_training_and_nowhere_else():
         assert bool(kernels(step, params, total, batch, jnp.zeros(2, jnp.int32))) == wanted
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("remat, dtype", [("none", "float32"), ("block", "bfloat16")])
 def test_the_plan_knows_what_a_layer_with_fused_kernels_keeps(remat, dtype):
     arguments = inputs(batch=5, height=8, width=12, tokens=7)
 

@@ -20,7 +20,7 @@ from encode.records import InputError
 from jaxdit import estimate, heldout, measure, mesh, metrics, model, optim, train, trained, update
 
 MESHES = [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2), (8, 1, 8)]  # devices, data, fsdp
-SEPARATE = (2, 2, 1)  # with the layers taken apart and fused kernels, as on GPUs
+SEPARATE = (2, 2, 1)  # with the layers taken apart, as on GPUs
 MUON = [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2)]
 LAYERS = 3
 STEPS, MICRO_BATCHES, ROWS = 3, 2, 8
@@ -40,7 +40,7 @@ def found():
 def main():
     """Train a tiny model a few steps on each mesh and look at how its arrays lie and what its programs send."""
     config = tiny("", **{"model.layers": LAYERS, "model.width": 64, "model.heads": 2})
-    settings = trained.model_settings(config.model, WIDTHS) | {"fused": True}
+    settings = trained.model_settings(config.model, WIDTHS)
     graph, shapes = model.abstract(settings)
     optimizer = optim.make_optimizer(lambda _: 1e-2, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.03, clip_norm=1.0)
     start = jax.tree.map(np.asarray, jax.jit(partial(update.new_state, settings, optimizer, 0))())

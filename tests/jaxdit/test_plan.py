@@ -340,7 +340,11 @@ def test_float32_on_a_card_has_no_cudnn_and_every_bucket_must_fit():
     device = plan.look_at("RTX 4090", 24, config, False)
     settings = forecast.settings_for(given, device)
     assert (settings["dtype"], settings["attention"]) == ("float32", "xla")
+    config.model.fused = True
+    assert "attention xla, remat none, fused\n" in forecast.screen([given], given, device, 60.0, {})
+    config.model.fused = False
     text = forecast.screen([given], given, device, 60.0, {})
+    assert "attention xla, remat none\n" in text
     largest = [int(row[8]) for row in rows_of(text, "Buckets").values()]
     assert len(set(largest)) > 1 and int(text.split("at most ")[1].split()[0]) <= min(largest)
 

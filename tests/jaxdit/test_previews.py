@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from configs import quickstart
-from encode import demo_encoders, encoders
-from encode.records import InputError, write_json
+from encode import demo_encoders, encoders, whole_files
+from encode.records import InputError
+from encode.whole_files import write_json
 from jaxdit import data, decode_previews, drawing, model, preview_set, previews, trained
 
 ROOT = Path(__file__).parents[2]
@@ -404,7 +405,7 @@ def test_a_picture_has_its_name_only_when_it_is_whole(begin, weights, monkeypatc
     run.close(0)
     run._write(1, run._sample(1, weights[1]))
     with monkeypatch.context() as patch:
-        patch.setattr(decode_previews, "publish", lambda temporary, target: 1 / 0)
+        patch.setattr(whole_files, "publish", lambda temporary, target: 1 / 0)
         with pytest.raises(RuntimeError):
             decode_previews.decode(run.folder.parent)
     assert [path.name for path in (run.folder / "1").iterdir() if path.name[0] != "."] == [decode_previews.LATENTS]

@@ -17,6 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from work import calls
 
+from encode import whole_files
 from encode.records import InputError
 from jaxdit import facts, health, page, report, report_pictures, seal
 
@@ -379,7 +380,7 @@ def test_the_page_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, caplog)
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "publish", full)
+    monkeypatch.setattr(whole_files, "publish", full)
     assert report.update(workdir) is None and "No space left" in caplog.text
     with pytest.raises(OSError):
         report.write(workdir)

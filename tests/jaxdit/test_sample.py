@@ -22,7 +22,8 @@ from PIL import Image
 
 from configs import quickstart
 from encode import commandline
-from encode.records import InputError, write_json
+from encode.records import InputError
+from encode.whole_files import write_json
 from jaxdit import album, checkpoint, data, drawing, model, sample, trained
 
 ROOT = Path(__file__).parents[2]

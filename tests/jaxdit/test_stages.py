@@ -11,6 +11,7 @@ from tiny_run import assert_same, curve, run, tiny, weights
 
 from encode import records
 from encode.records import InputError
+from encode.whole_files import write_json
 from jaxdit import checkpoint, facts, metrics, train
 
 
@@ -122,7 +123,7 @@ def test_a_shard_of_nothing_is_no_other_data_set(path, undisturbed, tmp_path):
     records.write_shard(tmp_path / path.name, bucket, about["shards"], [], spec)
     records.finish_bucket(tmp_path / path.name, bucket, spec)
     about["shards"] += 1
-    records.write_json(tmp_path / path.name / "dataset.json", info)
+    write_json(tmp_path / path.name / "dataset.json", info)
     assert train.train(tiny(tmp_path / path.name, **{"train.total_steps": 22}), tmp_path / "run") == "done"
     assert records.load_dataset(tmp_path / "run")["buckets"] == info["buckets"]
     (tmp_path / "run" / "dataset.json").unlink()
