@@ -410,7 +410,7 @@ def test_a_disk_that_fills_with_the_plan_is_named_too(tmp_path, monkeypatch):
     def full(path, value):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(records, "write_json", full)
+    monkeypatch.setattr(pipeline, "write_json", full)
     with pytest.raises(pipeline.WorkFailed, match="took no more data"):
         _run(images, tmp_path / "out")
 
