@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +53,17 @@ def look(config: Any, dataset: Mapping[str, Any]) -> dict[str, Any]:
         record["gate"] = inherited
         logging.info("The gate of the run before is inherited: %s.", inherited["verdict"])
         return record
-    gate, line = check_gate(options.gate, dataset)
+    gate, line = check_gate(options.gate, dataset, fused=bool(config.model.get("fused", False)))
     if gate:
         record["gate"] = gate
         logging.log(logging.WARNING if options.gate == SKIP else logging.INFO, line)
     return record
 
 
-def model_code(spelled: Callable[[ast.AST], str] | None = None) -> str:
+def model_code() -> str:
     """A hash of the syntax of MODEL_CODE: comments and layout do not count, everything else does."""
-    here, spelled = Path(__file__).parent, spelled or _spelled
-    trees = [spelled(_without_docstrings(ast.parse((here / name).read_bytes()))) for name in MODEL_CODE]
+    here = Path(__file__).parent
+    trees = [_spelled(_without_docstrings(ast.parse((here / name).read_bytes()))) for name in MODEL_CODE]
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:16]
 
 
@@ -89,19 +89,20 @@ def encoders(dataset: Mapping[str, Any]) -> dict[str, Any]:
     return {name: dataset["fingerprint"].get(name) for name in ENCODERS}
 
 
-def check_gate(wanted: str, dataset: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+def check_gate(wanted: str, dataset: Mapping[str, Any], *, fused: bool) -> tuple[dict[str, Any] | None, str]:
     """What train.gate asks for.
 
     Args:
       wanted: "none" (a run that needs no gate: nano), "skip", "needed" (named by nobody yet), or the path of a gate.json or
         of the working folder that holds gate/gate.json.
       dataset: dataset.json of the run to come.
+      fused: whether it is to run by fused kernels.
 
     Returns:
       (what origin.json keeps, None where no gate is needed; one line for the log).
 
     Raises:
-      InputError: no gate, a failed one, or one of other code or other encoders.
+      InputError: no gate, a failed one, or one of other code, other kernels or other encoders.
     """
     if wanted == NONE:
         return None, ""
@@ -131,10 +132,15 @@ def check_gate(wanted: str, dataset: Mapping[str, Any]) -> tuple[dict[str, Any] 
         raise InputError(
             f"train.gate={path}: its verdict is {verdict} ({failed}); look at gate.html beside it before anything bigger.{again}"
         )
-    if gate.get("model_code") not in (model_code(), model_code(ast.dump)):  # the latter until November 2026
+    if gate.get("model_code") != model_code():
         raise InputError(
             f"train.gate={path}: {', '.join(MODEL_CODE)} are not the code that passed (hash {gate.get('model_code')}, now "
             f"{model_code()}); run nano and the gate again."
+        )
+    if fused and not (gate.get("model") or {}).get("fused"):
+        raise InputError(
+            f"train.gate={path}: it was passed without the kernels of model.fused=True; run nano and the gate with them, or "
+            "take model.fused=False."
         )
     theirs, ours = gate.get("encoders") or {}, json.loads(json.dumps(encoders(dataset)))
     for name in ENCODERS:

@@ -93,6 +93,16 @@ def test_any_other_gate_is_refused_by_what_differs(gate, change, words):
         origin.look(config(gate=str(gate(**change))), DATASET)
 
 
+def test_fused_kernels_want_a_gate_that_they_have_passed(gate):
+    wanted = config(gate=str(gate(model={"layers": 12})))
+    origin.look(wanted, DATASET)
+    wanted.model.fused = True
+    with pytest.raises(InputError, match=r"passed without the kernels of model\.fused=True"):
+        origin.look(wanted, DATASET)
+    wanted.train.gate = str(gate(model={"fused": True}))
+    assert origin.look(wanted, DATASET)["gate"]["verdict"] == "pass"
+
+
 def test_a_gate_that_failed_at_an_earlier_step_says_so(gate):
     path = gate(verdict="fail", failed=["text"])
     for step, said in ((5000, False), (9000, True)):
