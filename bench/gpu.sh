@@ -170,11 +170,11 @@ else
   part attention 60 $python -m bench.attention --models=full --tokens=247,1024 --seconds=0.2 # 208x304 pixels are 13 x 19 tokens
   [ "$count" -eq 1 ] || part devices 90 bash -c devices
   step full 512 8 none "torch_dit compiled" 180
-  step full 1024 8 block none 80
+  step full 1024 8 block none 100
   part profile-full 70 $python -m bench.profile_step --config=full --resolution=512 --micro_batch=8 --text=128
   part profile-fused 70 $python -m bench.profile_step --config=full --resolution=512 --micro_batch=8 --text=128 --fused
-  step full 256 32 none none 70
-  step full 1024 2 none none 70
+  step full 256 32 none none 90
+  step full 1024 2 none none 90
   step nano 512 16 none torch_dit,diffusers 150
   part profile-nano 60 $python -m bench.profile_step --config=nano --resolution=512 --micro_batch=16 --text=128
   part plan 90 bash -c 'plan "$@"' - --config.train.batch_size=32 --resolution=512

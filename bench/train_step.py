@@ -290,6 +290,8 @@ def main() -> int:
         return 0
     load = os.getloadavg()
     environment, card = environment_of_sides(options.memory_gb)
+    if unknown := [word for word in options.fused if word not in ("no", "yes") or (word == "yes" and not card)]:
+        raise InputError(f"--fused={unknown[0]}: choose no and, with a card, yes.")
     names = [
         f"jaxdit {remat} unroll {unroll}{' fused' if fused == 'yes' else ''}"
         for remat, unroll, fused in itertools.product(options.remat, options.scan_unroll, options.fused)

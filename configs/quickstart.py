@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "dtype": "auto",
                 "remat": "none",
                 "scan_unroll": 1,
-                "fused": False,  # for a GPU
+                "fused": False,  # for a GPU, with scan_unroll 0
             },
             "flow": {
                 "mean": 0.0,

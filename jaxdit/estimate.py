@@ -234,9 +234,11 @@ def largest_micro_batch(
     return low
 
 
-def in_words(settings: Mapping[str, Any]) -> str:
-    """How a step of the model runs, for people."""
+def in_words(settings: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """How a step of the model runs, for people; options are the configuration's "model"."""
     fused = ", fused" if settings["fused"] else ""
+    if options.get("fused", False) and not fused:
+        fused = ", not fused (model.fused wants a GPU, model.scan_unroll=0 and fsdp=1)"
     return f"attention {settings['attention']}, remat {settings['remat']}{fused}"
 
 
@@ -278,9 +280,8 @@ def kept_in_layer(
         dense += 3 * n * d
     # Sums of softmax; means and deviations; root mean squares of queries and keys.
     rows = 2 * n * k + 4 * n + (3 * n + l) * k
-    if settings.get(
-        "fused"
-    ):  # the sums that norms are given, which need what was added last no more; two numbers for each norm
+    if settings.get("fused"):
+        # The sums that norms are given, which need what was added last no more; two numbers for each norm.
         dense += n * d if remat == "none" else 0
         rows = 2 * n * k + 6 * n
     return b * (item * (3 * n * d + dense) + FLOAT32 * rows)

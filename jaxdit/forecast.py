@@ -89,7 +89,7 @@ def _heading(given, settings, count, device, measured) -> list[str]:
         f"{given.name}: {known}",
         *(startup.another_resolution(given.name, given.resolution) if given.config.data.path else ()),
         f"Model   {count:,} parameters: {settings['layers']} x {settings['width']}, {settings['heads']} heads, patch "
-        f"{settings['patch']}; {settings['dtype']}, {estimate.in_words(settings)}",
+        f"{settings['patch']}; {settings['dtype']}, {estimate.in_words(settings, given.config.model)}",
         f"Data    {pictures:,} images ({given.source}); text {settings['text_width']} wide, vision {settings['vision_width']}",
         f"Device  {many}{device.kind}{'' if device.at_hand else ' (not looked for)'}: {device.memory / 1e9:.1f} GB to use; "
         f"{speed}{'' if measured else assumed}",

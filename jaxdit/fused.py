@@ -167,7 +167,8 @@ def split_heads(x, bias, scales, angles, heads: int):
       x: [b, n, parts * d], as queries, keys and values one after the other.
       bias: [parts * d].
       scales: [normed, head_size], of the norm by the root mean square of each of the first parts.
-      angles: [n, head_size / 2] by which the normed parts are turned (`model.rotate`); None: they are not.
+      angles: [n, head_size / 2] by which the normed parts are turned (`model.rotate`), and which get no gradient;
+        None: they are not turned.
       heads: of each part.
 
     Returns:

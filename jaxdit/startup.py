@@ -65,7 +65,7 @@ def describe(config, dataset, settings, shapes, origin, memory: int, room: int) 
     lines += [
         f"Model      {model.count_parameters(shapes):,} parameters: {settings['layers']} layers of {settings['width']}, "
         f"{settings['heads']} heads, patch {settings['patch']}; {settings['dtype']} on {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}, {estimate.in_words(settings)}.",
+        f"{jax.devices()[0].device_kind}, {estimate.in_words(settings, config.model)}.",
         f"Data       {images:,} images to train on in {len(counts)} buckets ({named}{more}); {held_out:,} held out; text "
         f"padded to {', '.join(map(str, dataset.text_lengths))} tokens. {dataset.path}",
         f"An epoch   {images:,} samples, {images / train.batch_size:,.1f} steps; each image is seen "

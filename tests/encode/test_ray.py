@@ -15,7 +15,7 @@ import pytest
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}  # or Ray makes one in the home folder
 ray = pytest.importorskip("ray")
 
-from encode import pipeline, records  # noqa: E402
+from encode import pipeline, whole_files  # noqa: E402
 from encode.records import InputError  # noqa: E402
 from tests.encode import fakes, ray_fakes  # noqa: E402
 
@@ -309,7 +309,7 @@ def test_a_folder_that_is_no_longer_mounted_refuses_no_picture(images, calm, out
     order = ray_actor.Order(
         config.to_dict(), images, out, "x", probe, plan["fingerprint"], context.cells, 4, ray_fakes.LOAD
     )
-    monkeypatch.setattr(records, "_writer", "")
+    monkeypatch.setattr(whole_files, "_writer", "")
     actor = ray_actor.Actor(order, 1)
     try:
         assert actor.start().kind == "done"

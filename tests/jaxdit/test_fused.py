@@ -90,6 +90,21 @@ def test_a_model_with_fused_kernels_is_the_same_model():
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5 * np.abs(other).max())
 
 
+def test_gradients_in_bfloat16_are_as_near_to_the_true_ones_as_the_plain_model_s():
+    arguments = inputs()
+
+    def gradients(**changes):
+        graph, params = trained_like(**changes)
+        run = jax.jit(lambda params: jnp.square(nnx.merge(graph, model.separated(params))(*arguments)).mean())
+        return jax.tree.leaves(jax.device_get(jax.grad(run)(params)))
+
+    true, plain, fast = gradients(), gradients(dtype="bfloat16"), gradients(dtype="bfloat16", fused=True)
+    for wanted, theirs, ours in zip(true, plain, fast, strict=True):
+        assert ours.dtype == wanted.dtype
+        far, ours_far = (np.linalg.norm(found - wanted) for found in (theirs, ours))
+        assert ours_far <= 2 * far + 1e-6 * np.linalg.norm(wanted)
+
+
 def test_kernels_are_fused_in_training_and_nowhere_else():
     graph, params = trained_like(fused=True)
     arguments = inputs()

@@ -345,6 +345,9 @@ def test_float32_on_a_card_has_no_cudnn_and_every_bucket_must_fit():
     config.model.fused = False
     text = forecast.screen([given], given, device, 60.0, {})
     assert "attention xla, remat none\n" in text
+    config.model.update({"fused": True, "scan_unroll": 1})
+    assert "not fused (model.fused wants a GPU" in forecast.screen([given], given, device, 60.0, {})
+    config.model.update({"fused": False, "scan_unroll": 0})
     largest = [int(row[8]) for row in rows_of(text, "Buckets").values()]
     assert len(set(largest)) > 1 and int(text.split("at most ")[1].split()[0]) <= min(largest)
 
