@@ -24,6 +24,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from encode.records import InputError
+from encode.whole_files import DISK_FULL
 
 WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM)
 
@@ -81,12 +82,18 @@ def run(main: Callable[..., int], *, config: str | None = None, interrupted: boo
     except OSError as error:
         if error.errno is None:
             raise
-        code = fail(f"{error.filename or 'file'}: {error.strerror}.", 2 if error.errno in WRONG_PATH else 1)
+        code = fail(file_problem(error), 2 if error.errno in WRONG_PATH else 1)
     sys.stdout.flush()
     if interrupted and code == STOPPED:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def file_problem(error: OSError) -> str:
+    """What a file did not do, and what helps where its disk is full."""
+    words = f"{error.filename or 'a file'}: {error.strerror}."
+    return f"{words} Make room, and give the same command again." if error.errno in DISK_FULL else words
 
 
 def stop_on_signal() -> threading.Event:

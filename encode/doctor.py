@@ -26,9 +26,10 @@ from encode import commandline, dataset_check, expected, images, pipeline, prepa
 from encode import main as encode_main
 from encode.dataset_check import Damage
 from encode.expected import Data, Shard
-from encode.progress import DISK_FULL, Progress, disk_full
+from encode.progress import Progress, disk_full
 from encode.records import InputError
 from encode.shard_check import Found
+from encode.whole_files import DISK_FULL
 from encode.workers import Workers
 
 log = logging.getLogger(__name__)

@@ -22,12 +22,12 @@ from encode import images, prepare, recaption, records
 from encode import plan as plan_rules
 from encode.finish import finish, is_finished
 from encode.plan import Stopped
-from encode.progress import DISK_FULL, Progress, disk_full, say_need, say_problems
+from encode.progress import Progress, disk_full, say_need, say_problems
 from encode.records import InputError
 from encode.shard import Context, Encoded, Encoders, Job, WorkFailed, batches, encode_batch, encode_shard
 from encode.sidecars import shown
 from encode.source import Collection, Item, Problem, walk
-from encode.whole_files import sweep, write_json
+from encode.whole_files import DISK_FULL, sweep, write_json
 from encode.workers import CannotStart, Workers
 
 __all__ = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ from encode.page import many
 from encode.whole_files import write_json
 
 log = logging.getLogger(__name__)
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SHOWN = 5  # reasons in a line
 SAY_EVERY = 10.0  # seconds between progress lines
 

@@ -24,10 +24,10 @@ from ml_collections import ConfigDict
 from encode import plan as plan_rules
 from encode import prepare
 from encode.images import ImageProblem
-from encode.progress import DISK_FULL, disk_full
+from encode.progress import disk_full
 from encode.records import InputError
 from encode.shard import Context, Job, WorkFailed, encode_shard
-from encode.whole_files import name_writer
+from encode.whole_files import DISK_FULL, name_writer
 from encode.workers import CannotStart, Workers
 
 TOKEN = ".ray-token"  # in OUT: an actor that reads what the driver wrote shares the folder

@@ -218,7 +218,12 @@ def only_one(folder: Path) -> Iterator[None]:
       InputError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    try:
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        error.filename = str(folder)
+        raise
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _writer = ""
 
 
@@ -23,12 +24,21 @@ def name_writer(name: str) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to beside `path`, which gets that name when the block ends; after an exception nothing is left of it."""
-    temporary = path.with_name(f".{path.name}{_writer}.tmp")
+def whole_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A path to write to beside `path`, which gets that name when the block ends; after an exception nothing is left of it.
+
+    Args:
+      path: what is to be written; an OSError that names no file, or the temporary one, names this.
+      shared: whether another process may be writing it at the same time: the last that ends has its way.
+    """
+    temporary = path.with_name(f".{path.name}{f'.{os.getpid()}' if shared else _writer}.tmp")
     try:
         yield temporary
         publish(temporary, path)
+    except OSError as error:
+        if error.filename is None or str(error.filename) == str(temporary):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -54,9 +64,9 @@ def sweep(folder: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """A text file, in UTF-8."""
-    with whole_file(path) as temporary:
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """A text file, in UTF-8; shared as in `whole_file`."""
+    with whole_file(path, shared=shared) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -353,9 +353,10 @@ def restore_weights(workdir: str | Path, shapes: Any, *, step: int | None = None
                     "or with JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES= before the command (slow), or stop the training first."
                 ) from error
             if step is not None:
+                others = [other for other in steps if other != wanted]
+                another = f"name another step of {_listed(others)}, or " if others else ""
                 raise InputError(
-                    f"{path} cannot be read ({first_line(error)}); name another step of {_listed(steps)}, or train on to "
-                    "save a new one."
+                    f"{path} cannot be read ({first_line(error)}); {another}train on to save a new one."
                 ) from error
             logging.warning("%s cannot be read (%s); trying the step before.", path, first_line(error))
     raise InputError(f"{folder}: none of the steps {_listed(steps)} can be read; restore the folder from a backup.")

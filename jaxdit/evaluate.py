@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -185,7 +186,7 @@ def _state(workdir: Path, step: int, raw: bool) -> str:
 def _only(out: Path, name: str) -> Path:
     """The folder OUT/name; those of other data, which nobody will ask for again, are removed."""
     for other in out.glob("known-*"):
-        if other.name != name:
+        if other.name != name and re.fullmatch("known-[0-9a-f]{12}", other.name):
             shutil.rmtree(other, ignore_errors=True)
     return out / name
 

@@ -14,6 +14,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed, and the ca
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import contextlib
+import errno
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
@@ -168,7 +169,10 @@ def _write_model(folder: Path, run: trained.Trained) -> None:
     version = metadata.version("diffusers")
     for name in ("transformer", "scheduler"):
         (folder / name).mkdir()
-    save_file(state_dict.to_state_dict(run.params), folder / WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(state_dict.to_state_dict(run.params), folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, most of the time
+        raise OSError(errno.ENOSPC, f"the weights cannot be written ({error})", str(folder)) from error
     header = {"_class_name": "DiTModel", "_diffusers_version": version}
     write_json(folder / "transformer" / "config.json", header | {name: settings[name] for name in SIZES})
     header = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": version}
@@ -364,7 +368,7 @@ def _run() -> int:
         print(f"Copy it into ComfyUI/custom_nodes; {out / 'README.md'} says what was not tested.")
     else:
         print(
-            f'Draw with it: python {shlex.quote(str(out / "pipeline.py"))} --prompt="..." --out=PICTURES. Its card: '
+            f'Draw with it: python {shlex.quote(str(out.absolute() / "pipeline.py"))} --prompt="..." --out=PICTURES. Its card: '
             f"{out / 'README.md'}"
         )
     return 0

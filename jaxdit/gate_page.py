@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from encode.page import fold
+from encode.whole_files import write_text
 from jaxdit import judge, likeness, page
 
 OVERVIEW, SHOWN = 6, 4  # images of all checks together, and of each
@@ -28,7 +29,7 @@ def write(
     if drawn is not None:
         body += table(result) + overview(examples, asked, drawn) + strips(examples, asked, drawn, ratios, nexts)
     body += fold("How it was judged", _how(result))
-    (out / "gate.html").write_text(page.page("The gate", body), encoding="utf-8")
+    write_text(out / "gate.html", page.page("The gate", body))
 
 
 def head(result: Mapping[str, Any]) -> str:

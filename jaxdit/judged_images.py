@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -164,6 +165,9 @@ def know(dataset, run, rows, file: Path, views: int, words: str) -> Known:
                 )
                 for name, path in files.items()
             }
+            for part in kept.values():  # a memory map that meets a full disk kills the process
+                with open(part.filename, "rb+") as whole:
+                    os.posix_fallocate(whole.fileno(), 0, os.fstat(whole.fileno()).st_size)
             _fill(kept, dataset, run, places, views, words)
             for part in kept.values():
                 part.flush()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from encode.page import fold
+from encode.whole_files import write_text
 from jaxdit import charts, judge, page, quality
 
 HOW = ("own", "alone")
@@ -37,7 +38,7 @@ def write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in reversed(rows[:-1]):
         body += fold(f"Step {row['step']:,}", _table(row) + _strips(out, row["strips"]))
     body += fold("How it was judged", page.table(["", ""], [[name, newest[name]] for name in _HOW_IT_WAS]))
-    (out / "evaluation.html").write_text(page.page(title, body), encoding="utf-8")
+    write_text(out / "evaluation.html", page.page(title, body))
 
 
 _HOW_IT_WAS = ("sampling", "data", "device", "images", "real_images", "training_images", "width", "seconds")

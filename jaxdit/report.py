@@ -69,7 +69,7 @@ def write(
         raise InputError(f"{samples}: samples.json is missing, so this is no folder that jaxdit.sample wrote.")
     out = Path(out or workdir / "report.html")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, build(workdir, samples, encoded, out.parent))
+    write_text(out, build(workdir, samples, encoded, out.parent), shared=True)  # a training may be writing it as well
     return out
 
 

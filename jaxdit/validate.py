@@ -176,6 +176,8 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
     }
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise InputError(f"{out}: this folder cannot be written into; name another with --out.")
     shown: tuple[Any, ...] = ()
     if reason := judge.cannot(examples, asked):
         result |= {"reason": f"{dataset.path}: {reason}"} | record
@@ -183,8 +185,10 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
         logging.info("The gate: step %d on %d images.", averaged.step, len(examples))
         found, shown = _verdict(workdir, averaged, dataset, vae, vision_encoder, examples, asked, rule)
         result = rounded(result | found | record | {"seconds": round(time.monotonic() - began, 1)})
-    gate_page.write(out, result, *shown)
+        failed = f" ({', '.join(result['failed'])})" if result["failed"] else ""
+        logging.info("Judged: %s%s.", result["verdict"], failed)
     write_json(out / "gate.json", result)
+    gate_page.write(out, result, *shown)
     return result
 
 
@@ -289,6 +293,8 @@ def main() -> int:
     except InputError:
         raise
     except Exception as error:  # Python's own code, 1, would say that the model failed
+        if isinstance(error, OSError) and error.errno is not None:
+            return commandline.fail(commandline.file_problem(error), 2)
         traceback.print_exc()
         return commandline.fail(
             f"the gate could not judge ({type(error).__name__}); of the model that says nothing.", 2

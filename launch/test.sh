@@ -17,5 +17,5 @@ if [ -n "$all" ]; then
   export JAXDIT_KILLS="${JAXDIT_KILLS:-50}" FUZZ_COUNT="${FUZZ_COUNT:-300000}"
   arguments=(-m "" ${arguments[@]+"${arguments[@]}"})
 fi
-# Three on two cores: tests wait for processes that they started, and for kills. worksteal: neighbours stay in one process, so that what a file of tests prepares is prepared once.
-$python -m pytest -n 3 --dist=worksteal --durations=15 ${arguments[@]+"${arguments[@]}"}
+# worksteal: neighbours stay in one process, so that what a file of tests prepares is prepared once.
+$python -m pytest -n 2 --dist=worksteal --durations=15 ${arguments[@]+"${arguments[@]}"}

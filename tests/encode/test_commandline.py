@@ -1,5 +1,6 @@
 """What all commands share, apart from what their own tests show of it."""
 
+import errno
 import signal
 import sys
 from pathlib import Path
@@ -22,6 +23,14 @@ def test_a_command_names_the_python_of_this_folder_and_else_the_one_of_the_path(
     ):
         monkeypatch.setattr(sys, "executable", python and str(python))
         assert commandline.command("jaxdit.sample", ["--prompt=a cat"]) == f"{word} -m jaxdit.sample '--prompt=a cat'"
+
+
+def test_what_a_file_did_not_do_is_said_with_its_name_and_what_helps():
+    full = OSError(errno.ENOSPC, "No space left on device", "page.html")
+    assert commandline.file_problem(full) == (
+        "page.html: No space left on device. Make room, and give the same command again."
+    )
+    assert commandline.file_problem(PermissionError(errno.EACCES, "Permission denied")) == "a file: Permission denied."
 
 
 def test_the_first_signal_asks_the_second_stops_at_once_and_nohup_is_heeded():

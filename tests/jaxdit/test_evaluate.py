@@ -100,6 +100,8 @@ def test_a_second_call_does_only_what_is_missing(judged, workdir, tmp_path):
     shutil.copytree(workdir / "evaluation", out)
     lines = before.splitlines()
     (out / "evaluation.jsonl").write_text(f"{lines[0]}\n{lines[1][:200]}")  # the last one was cut off
+    for name in ("known-places", "known-0123456789ab"):
+        (out / name).mkdir()
     asked = []
     with mock.patch.object(exam, "sit", wraps=exam.sit) as sit:
         rows, problems = evaluate.evaluate(workdir, out, images=12)
@@ -107,6 +109,7 @@ def test_a_second_call_does_only_what_is_missing(judged, workdir, tmp_path):
     assert asked == [200] and not problems
     old = json.loads(lines[1])
     assert rows[1] | {"seconds": 0} == old | {"seconds": 0}  # the same numbers
+    assert (out / "known-places").is_dir() and not (out / "known-0123456789ab").exists()  # ours is of other data
     with mock.patch.object(exam, "sit", side_effect=AssertionError("nothing is missing")):
         assert evaluate.evaluate(workdir, out, images=12)[0] == rows
 

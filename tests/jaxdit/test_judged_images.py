@@ -1,5 +1,7 @@
 """What is judged on: the data of the training, or others of their kind, and told where they are others."""
 
+import errno
+import os
 from types import SimpleNamespace
 
 import make_data
@@ -25,6 +27,17 @@ def test_data_that_were_not_trained_on_are_told(tmp_path, caplog):
     assert found.info["latent_mean"] == info["latent_mean"]  # normalised as the model knows it
     with pytest.raises(InputError, match="say where it lies now with --data"):
         judged_images.open_data(tiny(tmp_path / "nowhere").to_dict(), info, None)
+
+
+def test_a_disk_without_room_is_an_error_before_anything_is_read(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")  # a memory map would kill the process instead
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    dataset = SimpleNamespace(info={"widths": {"vision": 4, "latent": 4}}, records=None)
+    with pytest.raises(OSError, match="No space") as caught:
+        judged_images.know(dataset, None, {"64x64": [0, 1]}, tmp_path / "known" / "training", 1, "training")
+    assert caught.value.filename.endswith(".npy") and not list((tmp_path / "known").iterdir())
 
 
 def test_data_of_another_kind_are_refused(tmp_path):
