@@ -152,7 +152,7 @@ export python work out smallest
 few=(--config.model.layers=1 --config.model.width=64 --config.model.heads=2 --config.train.batch_size=4 --config.train.micro_batch=2)
 if [ -n "$smallest" ]; then
   stepping=(--layers=1 --rounds=1 --text=8)
-  part attention 20 $python -m bench.attention --tokens=64 --seconds=0.01
+  part attention 20 $python -m bench.attention --models=nano --tokens=64 --seconds=0.01
   part devices 60 bash -c devices
   step nano 32 1 none "torch_dit eager" 30
   step full 32 1 block "torch_dit eager" 30
@@ -167,7 +167,7 @@ else
   # The most wanted first; the seconds are those of an H100's machine with 16 cores, where torch.compile takes two minutes of 24
   # layers and ours 40 s. Micro-batches are those of configs/, the target of 8 at 1024, or what PyTorch has room for.
   stepping=(--memory_gb="$memory_gb" --rounds=3 --updates=2 --accumulation=4 --text=128 --fused=no,yes)
-  part attention 60 $python -m bench.attention --models=full --tokens=247,1024 --seconds=0.2 # 208x304 pixels are 13 x 19 tokens
+  part attention 90 $python -m bench.attention --models=full,full-8 --tokens=247,1024 --seconds=0.2 # 208x304 pixels are 13 x 19 tokens
   [ "$count" -eq 1 ] || part devices 90 bash -c devices
   step full 512 8 none "torch_dit compiled" 180
   step full 1024 8 block none 100

@@ -51,7 +51,7 @@ def main(config: Any, dry_run: bool = False) -> int:
         )
     except pipeline.WorkFailed as error:
         return commandline.fail(str(error), 1)
-    speed = f", {summary.rate:.1f} a second" if summary.rate else "; nothing was left to do"
+    speed = f", {summary.rate:.1f} a second" if summary.rate else "; no picture was left to encode"
     copies = f" ({summary.copies} of them exact copies of others)" if summary.copies else ""
     print(f"{summary.encoded} pictures encoded{copies}, {summary.refused} inputs refused{speed}.")
     for root in summary.roots:

@@ -45,7 +45,7 @@ class Summary:
     refused: int
     report: Path
     roots: tuple[Path, ...]
-    rate: float  # pictures a second of this leg; 0 where nothing was left to do
+    rate: float  # pictures a second of this leg; 0 where none was left to encode
 
 
 def run(

@@ -1,6 +1,6 @@
 import pytest
 
-from bench import peers, train_step
+from bench import train_step
 from configs import nano
 from jaxdit import estimate, model, trained
 
@@ -23,6 +23,8 @@ def test_our_side_trains_and_knows_its_costs(config):
 
 @pytest.mark.parametrize("name", ["torch_dit eager", "diffusers pixart eager"])
 def test_the_peers_train_the_same_size(config, name):
+    from bench import peers  # diffusers' models take seconds to import
+
     run, facts = peers.prepare(name, config.model, config.optim, train_step.WIDTHS, train_step.noise(32, 2, 8), 2)
     run(2)
     _, shapes = model.abstract(trained.model_settings(config.model, train_step.WIDTHS))

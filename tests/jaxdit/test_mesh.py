@@ -21,7 +21,7 @@ from jaxdit import estimate, heldout, measure, mesh, metrics, model, optim, trai
 
 MESHES = [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2), (8, 1, 8)]  # devices, data, fsdp
 SEPARATE = (2, 2, 1)  # with the layers taken apart, as on GPUs
-MUON = [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2)]
+MUON = [(1, 1, 1), (2, 2, 1), (4, 2, 2)]
 LAYERS = 3
 STEPS, MICRO_BATCHES, ROWS = 3, 2, 8
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")

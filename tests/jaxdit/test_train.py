@@ -73,24 +73,6 @@ def stop_after_telling(patch, step):
     patch.setattr(train.Progress, "tell", stop)
 
 
-def test_twenty_steps_and_twenty_more_are_forty(path, tmp_path, monkeypatch):
-    options = {"train.total_steps": 40, "data.holdout_fraction": 0.3, "train.eval_every": 10, "train.eval_images": 4}
-    assert train.train(tiny(path, **options), tmp_path / "whole") == "done"
-
-    with monkeypatch.context() as patch:
-        stop_after_telling(patch, 20)
-        assert train.train(tiny(path, **options), tmp_path / "halves") == "stopped"
-    assert checkpoint.saved_steps(tmp_path / "halves")[-1] in (20, 21)  # a step is told when the next has begun
-    assert train.train(tiny(path, **options), tmp_path / "halves") == "done"
-    assert_same(whole_state(tmp_path / "halves", 40), whole_state(tmp_path / "whole", 40))
-    passing = {"images_per_second", "data_wait_fraction", "seconds", "seconds_before", "eval_seconds", "mfu"}
-    ours, theirs = (
-        [{name: value for name, value in row.items() if name not in passing} for row in metrics.read(tmp_path / part)]
-        for part in ("halves", "whole")
-    )
-    assert ours == theirs and [row["step"] for row in ours] == list(range(1, 41))
-
-
 def test_a_run_by_muon_goes_on_where_it_stopped_and_keeps_its_optimizer(path, undisturbed, tmp_path, monkeypatch):
     options = {"optim.name": "muon", "train.total_steps": 10, "optim.warmup_steps": 1}
     assert train.train(tiny(path, **options), tmp_path / "whole") == "done"
@@ -214,9 +196,9 @@ def test_ema_and_raw_weights_are_both_kept_and_differ(undisturbed):
 
 
 def test_held_out_loss_does_not_depend_on_batches_devices_or_resume(path, undisturbed, tmp_path):
-    """Equal weights are needed, so the learning rate is next to nothing; the run is stopped at 5 and goes on."""
+    """Equal weights are needed, so the learning rate is next to nothing; one run ends at 7 and goes on."""
     found = {}
-    for name, micro, legs in (("two", 2, (20,)), ("four", 4, (20,)), ("resumed", 2, (15, 20))):
+    for name, micro, legs in (("two", 2, (10,)), ("four", 4, (10,)), ("resumed", 2, (7, 10))):
         for steps in legs:
             changes = {
                 "data.holdout_fraction": 0.4,
@@ -232,19 +214,11 @@ def test_held_out_loss_does_not_depend_on_batches_devices_or_resume(path, undist
         found[name] = [row["held_out_loss"] for row in metrics.read(tmp_path / name) if row["step"] % 5 == 0]
     np.testing.assert_allclose(found["two"], found["four"], rtol=1e-5)
     np.testing.assert_allclose(found["two"], found["resumed"], rtol=1e-5)
-    assert len(found["two"]) == 4 and np.ptp(found["two"]) < 1e-5  # the draws do not depend on the step
+    assert len(found["two"]) == 2 and np.ptp(found["two"]) < 1e-5  # the draws do not depend on the step
     dataset = data.Dataset(path, holdout_fraction=0.4)
     counts = [count for _, _, count in dataset.fixed_batches("held_out", 2, 100)]
     assert sum(counts) == sum(map(len, dataset.held_out.values())) > 0
     assert sum(count for _, _, count in dataset.fixed_batches("training", 2, 3)) == 3
-
-
-def test_evaluation_changes_nothing(path, tmp_path):
-    shared = {"data.holdout_fraction": 0.4, "train.eval_images": 3}
-    for name, every in (("with", 2), ("without", 0)):
-        train.train(tiny(path, **shared, **{"train.eval_every": every}), tmp_path / name)
-    assert curve(tmp_path / "with", "loss") == curve(tmp_path / "without", "loss")
-    assert_same(weights(tmp_path / "with", True)[1], weights(tmp_path / "without", True)[1])
 
 
 def test_micro_batches_change_nothing_but_rounding(path, tmp_path):
