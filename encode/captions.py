@@ -18,7 +18,7 @@ from encode import swap_words as W
 from encode.lettering import obstacle
 from encode.swap_words import OCCURRENCE, SIDE, split
 
-RULES = 5  # version of the rules below, part of the data set's fingerprint
+RULES = 6  # version of the rules below, part of the data set's fingerprint
 
 
 class Sense(Enum):
@@ -207,6 +207,10 @@ def _named_part(around: _Around) -> Sense | None:
     part = after[0].removesuffix("'s")
     if part in W.PARTS and after[1] == "for" and before[-1] in ("the", "a") and before[-2] not in W.BEFORE:
         return Sense.DOUBT  # the right lens for portraits
+    if part in W.PARTS and before[-1] not in W.OWNERS and after[1] in W.TRACES:
+        return Sense.DOUBT  # a dog left paw prints
+    if part in W.PARTS and around.word == "left" and before[-1] in W.LEAVERS:
+        return Sense.DOUBT  # someone left door open
     if part in W.PARTS or (part in ("fork", "exit") and before[-2] in ("take", "takes", "taking", "took")):
         return Sense.SIDE
     if after[0] in W.BETWEEN and after[1].removesuffix("'s") in W.PARTS:
@@ -312,7 +316,8 @@ def _direction(around: _Around) -> Sense | None:
             return Sense.SIDE
     idiom = {"what", "that", "nothing", "little", "much", "all", "remains", "what's", "anything"}
     if after[0] == "of" and not idiom & set(before[-3:]):
-        return Sense.SIDE
+        rest = around.word == "left" and before[-1] in W.BEING and W.RESTS & set(before)
+        return Sense.DOUBT if rest else Sense.SIDE  # only half is left of the cake
     return None
 
 
@@ -321,8 +326,10 @@ def _left(around: _Around) -> Sense:
     before, after = around.before, around.after
     if before[-1] in W.MOTIONS:
         return Sense.DOUBT
-    if after[:3] in (["in", "the", view] for view in ("image", "picture", "photo", "photograph", "frame", "scene")):
+    if after[:2] == ["in", "the"] and after[2] in W.GROUNDS:
         return Sense.DOUBT
+    if before[-1] in W.STANCES or (before[-1] in W.PERSONS and after[0] in W.LEFT_DOING | {"in"}):
+        return Sense.DOUBT  # A church stands left by the road; woman left in a red dress
     if before[-1] in W.LEFT_HELPERS and after[0] in W.LEFT_ON_HELPED:
         return Sense.OTHER
     if after[0] in W.PAUSE:

@@ -33,7 +33,7 @@ _POLISH = "a|ą|e|y|ej|ego|emu|ym|ymi|ych|o"
 _WORDS = re.compile(
     r"\b(?:"
     # German, Dutch, Afrikaans; "links" of a chain or a golf course is below.
-    r"\w*(?:links(?:seit|auß|auss|händ|kurv|oben|unten|hint|vorn|steh|rum|her|boven|onder|acht|voor|af|om|e\b)|rechts)\w*|"
+    r"\w*(?:links(?:seit|auß|auss|händ|kurv|oben|unten|hint|vorn|steh|rum|her|gericht|boven|onder|acht|voor|af|om|e\b)|rechts)\w*|"
     r"(?:halb|ganz|weit|oben|unten)links|linke[mnrs]?|rechte[mnrs]?|regs|regter\w*|"
     # French, Spanish, Catalan, Portuguese, Galician, Italian, Romanian
     r"gauch[eè]\w*|droit\w*|izquierd\w+|derech[ao]\w*|izda?|izq|dch?a|zurd[oa]s?|esquerr\w*|dret[as]?|esquerd\w+|direit\w+|dereit\w+|"
@@ -58,7 +58,11 @@ _WORDS = re.compile(
     re.IGNORECASE,
 )
 _LINKS = re.compile(r"\blinks\b", re.IGNORECASE)
-_ENGLISH = re.compile(r"\b(?:the|a|an|of|on|with|and|his|her|is|are|at|golf|chain|cuff|sausage)\b", re.IGNORECASE)
+_ENGLISH = re.compile(r"\b(?:the|on|with|and|his|are|golf|chain|cuff|sausage)\b", re.IGNORECASE)
+_GERMANIC = re.compile(  # words of captions in which "links" is a side, whatever else is in them
+    r"\b(?:der|das|dem|des|ein|eine|einem|einen|einer|im|am|auf|und|mit|ist|sind|vom|neben|zur|zum|het|een|van|op|zit|staat|ligt|naast|en)\b",
+    re.IGNORECASE,
+)
 
 
 def plain(caption: str) -> str:
@@ -75,4 +79,4 @@ def found(caption: str) -> str | None:
         if match := pattern.search(caption):
             return match.group()
     match = _LINKS.search(caption)
-    return match.group() if match and not _ENGLISH.search(caption) else None
+    return match.group() if match and (_GERMANIC.search(caption) or not _ENGLISH.search(caption)) else None

@@ -16,7 +16,11 @@ from encode.swap_words import OCCURRENCE, SIDE, split
 
 _QUOTES = re.compile(r"(?<!\d)\"|[“”„«»「」『』《》〈〉‹›‚]|(?<!\w)['‘](?=\w)[^'’\n]{2,60}['’](?!\w)")
 _QUOTED = re.compile(r"[\"“”„«「『《〈‹‚][^\"“”„»」』》〉›\n]{1,60}[\"“”»」』》〉›‘]")
-_INITIALS = re.compile(r"[(\[][LR]\.?[)\]]|\b[LR]\.? ?(?:to|and|->|=>|[-–—/&→⟶➔]) ?[LR]\b|^\s*[LR]\s*:", re.IGNORECASE)
+_INITIALS = re.compile(
+    r"[(\[][LR]\.?[)\]]|\b[LR]\.? ?(?:to|and|->|=>|[-–—/&→⟶➔]) ?[LR]\b|^\s*[LR]\s*:|"
+    r"\b[LR]\.?[ -](?:hand|side|corner|arm|leg|foot|eye|ear|half)\b|\b(?:upper|lower|top|bottom)[ -][LR]\b",
+    re.IGNORECASE,
+)
 # Words that hold a left or right and name none; any other such word ("topleft", "rightside", a typing error) is in doubt.
 _HARMLESS = re.compile(
     r"\w*bright\w*|copyright\w*|upright\w*|\w*fright\w*|\w*wright\w*|(?:out|down|forth|birth|al|a)right\w*|sprightl\w+|"
@@ -76,7 +80,8 @@ def _shown(solid: list[str], lower: list[str], place: int) -> bool:
     if word == "letter":
         return len(after[0]) == 1 and solid[place + 1].isupper()
     if word == "port":
-        return after[0] == "side" or after[:2] == ["-", "side"]
+        ends = before[-1:] == ["to"] and after[0] in W.PAUSE  # a boat listing to port
+        return after[0] in W.SHIPS or (after[0] == "-" and after[1] in W.SHIPS) or ends
     if word == "music":
         return before[-1:] == ["sheet"]
     if after[0] in W.READERS and not W.CARRIERS & set(before[-1:]):

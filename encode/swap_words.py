@@ -107,6 +107,24 @@ LEFT_ON_HELPED = LEFT_ON | _set(
     "broken wide closed shut dirty wet burning clean intact unlocked undone"
 )
 LEFT_DOING = _set("leaning standing lying hanging sitting burning rusting rotting drying soaking running waiting")
+STANCES = _set(  # "stands left by the road", "the man most left in the row": a side as likely as not
+    "stand stands standing stood sit sits sitting sat seated lie lies lying kneel kneels kneeling crouching hang hangs hanging "
+    "visible seen shown pictured depicted placed positioned located situated parked appears appearing rests resting perched most "
+    "second third"
+)
+PERSONS = _set(
+    "man woman boy girl child kid person lady guy player men women boys girls children kids people players figure bride groom"
+)
+GROUNDS = _set("image picture photo photograph frame scene background foreground row distance")
+BEING = _set("is are was were")
+RESTS = _set(  # of which little "is left"
+    "only just half hardly barely few none some slice slices piece pieces crumb crumbs bite bites bone bones bit bits rest "
+    "remains"
+)
+TRACES = _set("print prints track tracks mark marks trail trails streak streaks")  # "a dog left paw prints"
+LEAVERS = _set(
+    "has have had having who someone somebody everyone nobody he she they we i just recently already accidentally carelessly"
+)
 REMAINDERS = _set(
     "slice slices piece pieces bite bites crumb crumbs cookie cookies doughnut doughnuts leaf leaves drop drops"
 )
@@ -144,6 +162,7 @@ JUDGED = _set("all just quite not that's feels feel feeling felt seems everythin
 DOING = _set("get gets getting got do does doing did done put puts putting set make makes going")
 
 # What forbids the flip of the whole caption.
+SHIPS = _set("side bow quarter beam tack stern light")  # of port
 TURNING = _set("clockwise counterclockwise anticlockwise starboard southpaw southpaws lhs rhs")
 TYPOS = _set("rigth rihgt rght rigt lefft leftt lfet rightt")
 POLITICS = _set(

@@ -35,6 +35,8 @@ from jaxdit.metrics import duration
 
 IMAGES = 500
 VERSION = 1  # of what is measured: rows of another one are made anew
+# Of dataset.json, what its pictures are judged by; "mended_from" tells captions from those before they were mended.
+DATA = ("fingerprint", "buckets", "latent_mean", "latent_std", "mended_from")
 SAY = 10.0  # seconds between two lines of progress
 
 
@@ -73,7 +75,7 @@ def evaluate(
     with only_one(out):
         scorer = _clip(clip)
         data_id = _fingerprint(
-            {name: dataset.info[name] for name in ("fingerprint", "buckets", "latent_mean", "latent_std")},
+            {name: dataset.info[name] for name in DATA if name in dataset.info},
             [config["data"]["holdout_fraction"], config["flow"]["flip"]],
         )
         exam_id = _fingerprint(VERSION, data_id, images, config["sample"], getattr(scorer, "hash", None))

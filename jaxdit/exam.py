@@ -134,7 +134,7 @@ def _usual(exam: Exam) -> dict[str, Any]:
     if len(real) >= quality.FEWEST:
         found["halves"] = quality.compare(real[::2], real[1::2])
         found["apart"] = quality.apart(real)
-    if exam.held_out and min(len(real), len(exam.training.places)) >= quality.FEWEST:
+    if exam.held_out and min(len(real), len(exam.training.places), len(exam.prompts)) >= quality.FEWEST:
         found["training"] = quality.compare(real, _some(exam.training.vectors[:, 0], len(exam.prompts)))
     if exam.clip is not None:
         found["clip"] = float(exam.clip.score(exam.pixels, [prompt["caption"] for prompt in exam.prompts]).mean())

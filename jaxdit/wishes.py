@@ -190,7 +190,8 @@ def wish(fields: Mapping[str, Any], defaults: Mapping[str, Any], shapes: Shapes,
     Raises:
       InputError: a value is of the wrong kind or out of range; the message names the line and the field.
     """
-    given = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
+    fields = {name: value for name, value in fields.items() if value is not None}  # null: not given
+    given = {**defaults, **fields}
     if "size" in fields and "aspect" in fields:
         raise InputError(f"{where}: size and aspect are both given; one of them is enough.")
     if "size" in fields:

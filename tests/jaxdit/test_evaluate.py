@@ -1,5 +1,6 @@
 """The evaluation of a real small run, by the real command."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -93,7 +94,9 @@ def test_the_page_shows_curves_pairs_and_what_must_be_known(judged, workdir):
         assert folders == {f"pictures/averaged-{row['step']}-{row['asked']}"}
 
 
-def test_a_second_call_does_only_what_is_missing(judged, workdir, tmp_path):
+def test_a_second_call_does_only_what_is_missing_and_other_captions_are_asked_anew(
+    judged, workdir, tmp_path, monkeypatch
+):
     file = workdir / "evaluation" / "evaluation.jsonl"
     before = file.read_text()
     out = tmp_path / "out"
@@ -112,6 +115,17 @@ def test_a_second_call_does_only_what_is_missing(judged, workdir, tmp_path):
     assert (out / "known-places").is_dir() and not (out / "known-0123456789ab").exists()  # ours is of other data
     with mock.patch.object(exam, "sit", side_effect=AssertionError("nothing is missing")):
         assert evaluate.evaluate(workdir, out, images=12)[0] == rows
+
+    given = judged_images.open_data
+
+    def mended(*arguments):
+        dataset = given(*arguments)
+        dataset.info["mended_from"] = ["0" * 64]
+        return dataset
+
+    monkeypatch.setattr(judged_images, "open_data", mended)
+    with mock.patch.object(exam, "sit", side_effect=ArithmeticError("asked")), pytest.raises(ArithmeticError):
+        evaluate.evaluate(workdir, out, images=12)
 
 
 @pytest.mark.all
@@ -284,6 +298,8 @@ def test_what_real_images_score_is_of_two_halves_and_of_as_many_training_images(
     assert "training" not in exam._usual(paper_of(20, held_out=False))
     few = judged_images.Known(np.zeros((quality.FEWEST - 1, 1, 4)), None, None, [])
     assert exam._usual(paper_of(20, reference=few)) == {}
+    some = dataclasses.replace(paper, prompts=paper.prompts[: quality.FEWEST - 1])
+    assert exam._usual(some).keys() == {"halves", "apart"}
     assert exam._compared(paper, exam.Seen([], real[: quality.FEWEST], None, None)) is not None
     assert exam._compared(paper, exam.Seen([], real[: quality.FEWEST - 1], None, None)) is None
 

@@ -18,6 +18,7 @@ def test_a_line_overrides_the_flags_and_count_counts_seeds():
     assert [wish.seed for wish in found] == [2, 3, 4]
     assert {(wish.prompt, wish.text, wish.vision, wish.size) for wish in found} == {("a cat", 2.0, 1.0, (64, 96))}
     assert one({"prompt": "a"})[0] == one({"prompt": "a", "seed": None})[0]
+    assert one({"aspect": None}, size="64x96")[0].size == one({"size": None}, size="64x96")[0].size == (64, 96)
     assert one({})[0].size == (128, 128) and one({})[0].prompt == ""
 
 
