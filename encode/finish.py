@@ -34,6 +34,12 @@ def finish(context: Any, plan, jobs: Sequence[Any], parts: Sequence[Mapping], re
         page = report.build(context, plan, jobs, parts, refused, datasets)
     except InputError:
         raise
+    except RuntimeError as error:  # as ArrayRecord says it
+        log.warning(
+            "The page cannot be drawn, as a shard is damaged (%s). The data set is complete: encode.doctor --repair mends the "
+            "shard, and the next call draws the page.", error,
+        )  # fmt: skip
+        (out / "report.html").unlink(missing_ok=True)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # nothing encoded depends on the page
         log.exception("The page cannot be drawn; the data set is complete without it, and the next call tries again.")
         (out / "report.html").unlink(missing_ok=True)

@@ -67,6 +67,7 @@ def run(
     out = Path(config.out).expanduser()
     if out.exists() and not out.is_dir():
         raise InputError(f"config.out={out} is a file; name a folder, which is made if it is not there.")
+    _stay_apart(config)
     try:
         with (
             records.only_one(out),
@@ -89,11 +90,8 @@ def begin(
     Returns:
       what all shards share; the plan with "quarantine", the inputs refused so far; the shards.
     """
+    _stay_apart(config)
     folder, out = Path(config.images).expanduser(), Path(config.out).expanduser()
-    if folder.resolve().is_relative_to(out.resolve()):
-        raise InputError(
-            f"config.out={out} holds the photographs themselves; choose a folder of its own for the output."
-        )
     collection = walk(folder, out)
     if only is not None:
         collection = Collection(tuple(item for item in collection.items if item.id in only), (), {})
@@ -110,6 +108,14 @@ def begin(
     context = Context(config, folder, out, encoders, workers, items, others, cells, width, stop)
     jobs = [Job(tuple(job["bucket"]), job["shard"], tuple(map(tuple, job["items"]))) for job in plan["shards"]]
     return context, plan, jobs
+
+
+def _stay_apart(config: Any) -> None:
+    out = Path(config.out).expanduser()
+    if Path(config.images).expanduser().resolve().is_relative_to(out.resolve()):
+        raise InputError(
+            f"config.out={out} holds the photographs themselves; choose a folder of its own for the output."
+        )
 
 
 def _run(config: Any, out: Path, encoders: Encoders, workers: Workers, stop, only) -> Summary:

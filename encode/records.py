@@ -217,7 +217,14 @@ def only_one(folder: Path) -> Iterator[None]:
     Raises:
       InputError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        if not folder.is_symlink():
+            raise
+        raise InputError(
+            f"{folder} is a link to {os.readlink(folder)}, which is not there; is its disk mounted?"
+        ) from error
     try:
         lock = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:

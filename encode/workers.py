@@ -13,10 +13,12 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import TimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from typing import Any
 
 import pebble
@@ -53,6 +55,8 @@ class Workers:
         main = sys.modules["__main__"]
         if not os.path.exists(getattr(main, "__file__", os.curdir)):
             del main.__file__  # a program read from a pipe: the processes would look for it and die
+        with _unheard(signal.SIGTERM, signal.SIGHUP):
+            forkserver.ensure_running()
         self._pool = self._start()
 
     def __enter__(self) -> Workers:
@@ -100,9 +104,11 @@ class Workers:
             pool.schedule(os.getpid).result(timeout=STARTING)
         except (TimeoutError, BrokenProcessPool, pebble.ProcessExpired) as error:
             pool.stop()
+            how = (
+                f"not one was ready after {STARTING:.0f} s" if isinstance(error, TimeoutError) else "they died at once"
+            )
             raise CannotStart(
-                f"the processes that read pictures cannot be started (not one was ready after {STARTING:.0f} s); what they "
-                "said stands above"
+                f"the processes that read pictures cannot be started ({how}); what they said stands above"
             ) from error
         return pool
 
@@ -128,6 +134,23 @@ class Workers:
         return value, ImageProblem(problem)
 
 
+@contextlib.contextmanager
+def _unheard(*numbers: int) -> Iterator[None]:
+    """Processes begun in here are deaf to these signals, and we ourselves for the while.
+
+    A signal to all processes of a terminal or a service is for us, who then end the others when their work is taken.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 def _cause(exitcode: int | None) -> str:
     try:
         return signal.Signals(-(exitcode or 0)).name
@@ -138,6 +161,7 @@ def _cause(exitcode: int | None) -> str:
 def _limit(memory: int) -> None:
     """Runs once in each process."""
     global half
+    os.setpgrp()  # a signal to the whole group is not for us (see `_unheard`)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a decoder stuck in C code would never see Python's handler
     try:
         with open("/proc/self/statm") as file:

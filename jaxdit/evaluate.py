@@ -78,7 +78,8 @@ def evaluate(
             {name: dataset.info[name] for name in DATA if name in dataset.info},
             [config["data"]["holdout_fraction"], config["flow"]["flip"]],
         )
-        exam_id = _fingerprint(VERSION, data_id, images, config["sample"], getattr(scorer, "hash", None))
+        drawn_by = {name: config["sample"][name] for name in ("steps", "shift", "text_guidance", "vision_guidance")}
+        exam_id = _fingerprint(VERSION, data_id, images, drawn_by, getattr(scorer, "hash", None))
         weights = "raw" if raw else "averaged"
         states = {step: _state(workdir, step, raw) for step in wanted}
         rows = read(out / "evaluation.jsonl")
@@ -95,8 +96,11 @@ def evaluate(
             began = time.monotonic()
             try:
                 run = trained.load(workdir, step=step, raw=raw)
-            except InputError as error:  # a training beside this has removed it, or it is damaged
-                problems.append(str(error))
+            except InputError as error:
+                if step in checkpoint.saved_steps(workdir, "state" if raw else "ema"):
+                    problems.append(str(error))  # it is damaged
+                else:
+                    print(f"Step {step} is not there any more: a training beside this has removed it.")
                 continue
             if prepared is None:
                 judged_images.refuse_other_data(workdir, run, dataset)

@@ -90,6 +90,7 @@ def train(config: Any, workdir: str | Path) -> str:
 
         def claim():
             start = None
+            folder.refuse_strangers(workdir)
             if folder.is_new(workdir):
                 if config.sample.previews > 0:
                     preview_set.asked_for(config)  # what is wrong with it is said before anything is written

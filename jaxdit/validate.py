@@ -154,6 +154,7 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
 
     began = time.monotonic()
     averaged = trained.load(workdir)
+    raw = trained.load(workdir, step=averaged.step, raw=True)  # now: a training beside this removes them
     dataset = judged_images.open_data(averaged.config, averaged.dataset, data_path)
     judged_images.refuse_other_data(workdir, averaged, dataset)
     vae = encoders.load_vae(dataset.info["encoders"]["vae"])
@@ -183,7 +184,7 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
         result |= {"reason": f"{dataset.path}: {reason}"} | record
     else:
         logging.info("The gate: step %d on %d images.", averaged.step, len(examples))
-        found, shown = _verdict(workdir, averaged, dataset, vae, vision_encoder, examples, asked, rule)
+        found, shown = _verdict(averaged, raw, dataset, vae, vision_encoder, examples, asked, rule)
         result = rounded(result | found | record | {"seconds": round(time.monotonic() - began, 1)})
         failed = f" ({', '.join(result['failed'])})" if result["failed"] else ""
         logging.info("Judged: %s%s.", result["verdict"], failed)
@@ -192,11 +193,10 @@ def gate(workdir: str | Path, out: str | Path, data_path: str | Path | None = No
     return result
 
 
-def _verdict(workdir, averaged, dataset, vae, vision_encoder, examples, asked, rule):
+def _verdict(averaged, raw, dataset, vae, vision_encoder, examples, asked, rule):
     """(what gate.json says of the averaged and the raw weights, what the page shows of the averaged ones)."""
     numbers, ratios, nexts, drawn = score(averaged, vae, vision_encoder, examples, asked, rule)
     logging.info("The averaged weights are judged; now the raw ones.")
-    raw = trained.load(workdir, step=averaged.step, raw=True)
     raw_numbers = score(raw, vae, vision_encoder, examples, asked, rule)[0]
     dead, raw_dead = dead_projections(averaged, raw, dataset)
     known = vision_encoder is not None

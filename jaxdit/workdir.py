@@ -137,6 +137,23 @@ def is_new(workdir: Path) -> bool:
     return not (workdir / "config.json").exists() or not (rows or (workdir / "checkpoints").exists())
 
 
+def refuse_strangers(workdir: Path) -> None:
+    """A folder of something else is not written into.
+
+    Raises:
+      InputError: it holds files, and they are no run's.
+    """
+    if not workdir.is_dir() or (workdir / "config.json").exists():
+        return
+    # What a kill between the files of a new folder leaves.
+    strangers = [child.name for child in workdir.iterdir() if child.name[0] != "." and child.name not in WRITTEN]
+    if strangers:
+        raise InputError(
+            f"{workdir} holds {', '.join(sorted(strangers)[:3])} but no config.json, so it is not a working folder; "
+            "name a new or empty one."
+        )
+
+
 def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any], start: dict[str, Any] | None) -> None:
     """Take a new working folder, or make sure that an old one was begun with this configuration and data.
 
@@ -167,13 +184,6 @@ def claim(workdir: Path, config: Any, data_path: Path, dataset: dict[str, Any], 
 
 def _begin(workdir, now, data_path, dataset, start):
     path = workdir / "config.json"
-    # What a kill between the files of a new folder leaves.
-    strangers = [child.name for child in workdir.iterdir() if child.name[0] != "." and child.name not in WRITTEN]
-    if strangers and not path.exists():
-        raise InputError(
-            f"{workdir} holds {', '.join(sorted(strangers)[:3])} but no config.json, so it is not a working folder; "
-            "name a new or empty one."
-        )
     if "restore" in start:  # a new folder, but the run that another one began
         other = Path(start["restore"]["workdir"])
         before = _begun_with(other / "config.json")

@@ -333,6 +333,20 @@ def test_a_page_that_cannot_be_drawn_keeps_no_data_set_back(tmp_path, monkeypatc
     assert _run(images, out).encoded == 6 and (out / "report.html").exists()
 
 
+def test_a_damaged_shard_costs_the_page_alone_and_the_doctor_is_named(tmp_path, caplog):
+    images, out = fakes.photographs(tmp_path / "in", 4), tmp_path / "out"
+    _run(images, out)
+    (out / "256" / "dataset.json").unlink()
+    shard = next((out / "256").rglob("*.array_record-*"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100] + b"XXXX" + whole[104:])  # it opens, its records are counted, and cannot be read
+    assert _run(images, out).encoded == 4
+    assert "a shard is damaged" in caplog.text and "encode.doctor --repair mends" in caplog.text
+    assert records.load_dataset(out / "256")["count"] == 4 and not (out / "report.html").exists()
+    shard.write_bytes(whole)
+    assert _run(images, out).encoded == 4 and (out / "report.html").exists()
+
+
 def test_a_photograph_replaced_by_another_is_named(tmp_path, caplog):
     images, out = fakes.photographs(tmp_path / "in", 4), tmp_path / "out"
     _run(images, out)

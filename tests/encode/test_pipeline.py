@@ -342,8 +342,13 @@ def test_output_inside_the_image_folder_is_not_read_back(tmp_path):
     images = fakes.photographs(tmp_path / "in", 4)
     assert _run(images, images / "out").encoded == 4
     assert _run(images, images / "out").encoded == 4
-    with pytest.raises(InputError, match="holds the photographs themselves"):
-        _run(images, images)
+    for parent in (images, tmp_path):
+        with pytest.raises(InputError, match="holds the photographs themselves"):
+            _run(images, parent)
+        assert not (parent / ".lock").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(InputError, match=r"link is a link to .*unmounted, which is not there; is its disk mounted\?"):
+        _run(images, tmp_path / "link")
 
 
 def test_a_failing_encoder_names_its_batch_and_publishes_nothing(tmp_path):

@@ -166,6 +166,22 @@ def test_ctrl_c_ends_with_3(judged, workdir, tmp_path, seconds):
     assert process.returncode == 3 and "the same command does the rest" in words.lower() and "Traceback" not in errors
 
 
+def test_a_step_that_a_training_removes_meanwhile_is_no_fault(judged, workdir, tmp_path, monkeypatch, capsys):
+    copy, load = tmp_path / "run", trained.load
+    shutil.copytree(workdir, copy)
+    file = copy / "evaluation" / "evaluation.jsonl"
+    file.write_text(file.read_text().splitlines()[-1] + "\n")  # step 1 is to be judged
+
+    def late(*arguments, **options):
+        shutil.rmtree(copy / "checkpoints" / "1")
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(trained, "load", late)
+    rows, problems = evaluate.evaluate(copy, copy / "evaluation", images=12)
+    assert [row["step"] for row in rows] == [200] and problems == []
+    assert "Step 1 is not there any more" in capsys.readouterr().out
+
+
 def test_other_weights_under_the_same_step_are_judged_anew(judged, workdir, tmp_path):
     run = trained.load(workdir, step=200)
     before = evaluate._state(workdir, 200, False)

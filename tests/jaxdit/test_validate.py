@@ -115,6 +115,15 @@ def test_faults_of_the_bench_do_what_they_say(photographs):
     assert (dataset.read(*arguments)["text"] != plain["text"]).any()
 
 
+def test_both_weights_are_read_before_anything_is_drawn(passed, tmp_path, monkeypatch):
+    workdir, _ = passed  # a training beside this removes the raw ones
+    with mock.patch.object(trained, "load", wraps=trained.load) as load:
+        monkeypatch.setattr(validate, "score", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            validate.gate(workdir, tmp_path)
+    assert [call.kwargs.get("raw", False) for call in load.call_args_list] == [False, True]
+
+
 def test_a_projection_that_stands_still_is_named(passed, photographs):
     """Weights with one projection put back to where it started."""
     workdir, _ = passed
