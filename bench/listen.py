@@ -29,6 +29,8 @@ SHARES = ("flow.drop_both", "flow.drop_text", "flow.drop_vision")
 SETTINGS: dict[str, dict[str, Any]] = {
     # The last two are shifts 1 and 4 of pictures eight times as large (512), whose composition shows through as much more noise.
     **{f"shift {shift}": {"flow.shift": float(shift)} for shift in (1, 2, 3, 5, 0.125, 0.5)},
+    "direction": {"flow.direction": 1.0, "flow.shift": 3.0},
+    "squares": {"flow.direction": 0.0, "flow.shift": 3.0},
     "drop 5%": dict.fromkeys(SHARES, 0.05),
     "drop 20%": dict.fromkeys(SHARES, 0.2),
     "drop vision 25%": {"flow.drop_vision": 0.25},

@@ -36,6 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 # At 512 the plan's 1 fails the gate on the generated photographs: a caption is needed only where t > 0.98,
                 # and one sample in 20,000 lies there (docs/measured.md). With 4 one in 160 does: 40 dB instead of 26.
                 "shift": 4.0,
+                "direction": 0.0,  # as in configs/full.py
                 "drop_both": 0.1,  # as in the big run: the gate asks for each condition alone
                 "drop_text": 0.1,
                 "drop_vision": 0.1,

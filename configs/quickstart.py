@@ -33,6 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "mean": 0.0,
                 "std": 1.0,
                 "shift": 3.0,
+                "direction": 1.0,  # beside the squares: how far the velocity points elsewhere
                 "drop_both": 0.1,
                 "drop_text": 0.1,
                 "drop_vision": 0.1,

@@ -74,7 +74,7 @@ def accumulate_gradients(graph, options, seed, params, total, batch, where):
 
     Args:
       graph: definition of the model.
-      options: of the flow: mean, std, shift, drop_both, drop_text, drop_vision.
+      options: of the flow: mean, std, shift, drop_both, drop_text, drop_vision, direction.
       seed: train.seed.
       params: the parameters.
       total: from `new_total`.
@@ -91,7 +91,8 @@ def accumulate_gradients(graph, options, seed, params, total, batch, where):
         if "kernels" in total:
             params = model.with_kernels(params, total["kernels"])
         found = flow.losses(nnx.merge(graph, params), batch, keys, **{name: options[name] for name in names})
-        return found["loss"].sum(), found
+        weight = options.get("direction", 0.0)
+        return (found["loss"] + weight * found["direction"] if weight else found["loss"]).sum(), found
 
     loss, backward, found = jax.vjp(summed_loss, params, has_aux=True)
     gradients = jax.tree.map(jax.new_ref, total["gradients"])

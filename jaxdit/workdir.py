@@ -89,6 +89,10 @@ def check(config: Any, devices: int) -> None:
             "nor all together above 1.",
         ),
         (0 <= c.flow.flip <= 1, f"flow.flip={c.flow.flip} is a probability."),
+        (
+            0 <= c.flow.get("direction", 0.0) < math.inf,
+            f"flow.direction={c.flow.get('direction')}: a weight of 0 (squares alone) or more is wanted.",
+        ),
         (0 <= c.data.holdout_fraction < 1, f"data.holdout_fraction={c.data.holdout_fraction} must lie in [0, 1)."),
         (
             all(isinstance(length, int) and length > 0 for length in c.data.text_lengths or ()),
@@ -232,9 +236,10 @@ def _begun_with(path: Path) -> dict[str, Any]:
 
 
 def in_full(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration with whole paths; from before there was a choice, it was AdamW and no fused kernels."""
+    """A run's configuration with whole paths; from before there was a choice: AdamW, no fused kernels, squares alone."""
     config["optim"].setdefault("name", "adamw")
     config["model"].setdefault("fused", False)
+    config["flow"].setdefault("direction", 0.0)
     for name in ("init_from", "restore"):
         if named := config["train"].get(name):
             config["train"][name] = os.path.abspath(os.path.expanduser(named))

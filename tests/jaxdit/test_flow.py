@@ -5,6 +5,7 @@ import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.distance import cosine
 
 from jaxdit import flow
 
@@ -120,6 +121,21 @@ def test_the_loss_of_a_padded_picture_is_that_of_its_picture_alone():
     found = flow.losses(wrong_in_the_padding, batch, keys(8), **options)
     np.testing.assert_allclose(found["loss"], 0, atol=1e-6)
     np.testing.assert_allclose(found["velocity"], found["target"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_direction_is_the_cosine_of_whole_pictures_and_padding_has_none(padded):
+    rng = np.random.default_rng(3)
+    predicted, target = rng.standard_normal((2, 5, 4, 6, 2)).astype(np.float32)
+    mask = rng.integers(0, 2, (5, 4, 6)).astype(np.uint8) if padded else None
+    inside = np.ones((5, 4, 6), bool) if mask is None else mask == 1
+    wanted = [cosine(one[there].ravel(), other[there].ravel()) for one, other, there in zip(predicted, target, inside)]
+    np.testing.assert_allclose(flow.direction_error(predicted, target, mask), wanted, atol=1e-4)
+    assert np.allclose(flow.direction_error(3 * target, target, mask), 0, atol=1e-4)
+    start = jnp.zeros_like(target)  # as a new model predicts
+    np.testing.assert_array_equal(flow.direction_error(start, target, mask), 1)
+    gradient = jax.grad(lambda x: flow.direction_error(x, target, mask).sum())(start)
+    assert np.isfinite(gradient).all() and (np.asarray(gradient) * target)[inside].max() < 0  # towards the target
 
 
 def test_the_loss_takes_each_option_for_what_it_is_and_noise_of_its_own_draw():

@@ -257,6 +257,29 @@ def test_a_new_model_predicts_zero_and_every_conditioning_path_learns():
         assert np.abs(new - old).max() > 0, f"{name} has not moved"
 
 
+def test_a_micro_batch_adds_the_gradients_of_squares_and_of_the_weighted_direction_and_tells_the_squares():
+    graph, params = trained_like()
+    x, _, conditions, _, _ = inputs(batch=4)
+    batch, where = conditions | {"latent": x}, np.array([3, 0], np.int32)
+    options = {"mean": 0.0, "std": 1.0, "shift": 1.0, "drop_both": 0.1, "drop_text": 0.1, "drop_vision": 0.1}
+
+    def added(**more):
+        total = update.new_total(params)
+        return jax.jit(partial(update.accumulate_gradients, graph, options | more, 0))(params, total, batch, where)
+
+    def wanted(params):
+        found = flow.losses(nnx.merge(graph, params), batch, flow.sample_keys(0, 3, 0, 4), **options)
+        return (found["loss"] + 0.7 * found["direction"]).sum()
+
+    plain, both = added(), added(direction=0.7)
+    assert both["loss"] == pytest.approx(float(plain["loss"]), rel=1e-5)
+    gradients = jax.jit(jax.grad(wanted))(params)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), both["gradients"], gradients)
+    changed = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), both["gradients"], plain["gradients"])
+    assert max(jax.tree.leaves(changed)) > 1e-3 * largest
+
+
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_what_runs_on_a_gpu_alone_is_the_same_model(monkeypatch, remat):
     """One product for q, k and v, and the layers without a loop, compiled here."""
