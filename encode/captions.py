@@ -207,10 +207,11 @@ def _named_part(around: _Around) -> Sense | None:
     part = after[0].removesuffix("'s")
     if part in W.PARTS and after[1] == "for" and before[-1] in ("the", "a") and before[-2] not in W.BEFORE:
         return Sense.DOUBT  # the right lens for portraits
-    if part in W.PARTS and before[-1] not in W.OWNERS and after[1] in W.TRACES:
-        return Sense.DOUBT  # a dog left paw prints
-    if part in W.PARTS and around.word == "left" and before[-1] in W.LEAVERS:
-        return Sense.DOUBT  # someone left door open
+    owned = before[-1] in W.OWNERS or before[-1].endswith(("'s", "s'"))
+    if around.word == "left" and part in W.PARTS and not owned:
+        limb = before[-1] in W.HAVING and part in W.LIMBS
+        if after[1] in W.TRACES or (before[-1] in W.LEAVERS and not limb):
+            return Sense.DOUBT  # a dog left paw prints; someone left door open
     if part in W.PARTS or (part in ("fork", "exit") and before[-2] in ("take", "takes", "taking", "took")):
         return Sense.SIDE
     if after[0] in W.BETWEEN and after[1].removesuffix("'s") in W.PARTS:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from encode import buckets, captions, records, report, stats
+from encode.readback import ShardDamaged
 from encode.records import InputError
 from encode.source import Problem
 from encode.whole_files import write_json, write_text
@@ -34,7 +35,7 @@ def finish(context: Any, plan, jobs: Sequence[Any], parts: Sequence[Mapping], re
         page = report.build(context, plan, jobs, parts, refused, datasets)
     except InputError:
         raise
-    except RuntimeError as error:  # as ArrayRecord says it
+    except ShardDamaged as error:
         log.warning(
             "The page cannot be drawn, as a shard is damaged (%s). The data set is complete: encode.doctor --repair mends the "
             "shard, and the next call draws the page.", error,

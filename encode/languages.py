@@ -58,9 +58,10 @@ _WORDS = re.compile(
     re.IGNORECASE,
 )
 _LINKS = re.compile(r"\blinks\b", re.IGNORECASE)
-_ENGLISH = re.compile(r"\b(?:the|on|with|and|his|are|golf|chain|cuff|sausage)\b", re.IGNORECASE)
+_THINGS = re.compile(r"\b(?:golf|course|chain|chains|fence|cuff|sausage|sausages)\b", re.IGNORECASE)
+_ENGLISH = re.compile(r"\b(?:the|a|at|on|with|and|his|are)\b", re.IGNORECASE)
 _GERMANIC = re.compile(  # words of captions in which "links" is a side, whatever else is in them
-    r"\b(?:der|das|dem|des|ein|eine|einem|einen|einer|im|am|auf|und|mit|ist|sind|vom|neben|zur|zum|het|een|van|op|zit|staat|ligt|naast|en)\b",
+    r"\b(?:der|das|dem|des|ein|eine|einem|einen|einer|im|auf|und|mit|ist|sind|vom|neben|zur|zum|het|een|op|zit|staat|ligt|naast|en)\b",
     re.IGNORECASE,
 )
 
@@ -79,4 +80,6 @@ def found(caption: str) -> str | None:
         if match := pattern.search(caption):
             return match.group()
     match = _LINKS.search(caption)
-    return match.group() if match and (_GERMANIC.search(caption) or not _ENGLISH.search(caption)) else None
+    if match is None or _THINGS.search(caption) or (_ENGLISH.search(caption) and not _GERMANIC.search(caption)):
+        return None
+    return match.group()

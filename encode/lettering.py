@@ -18,7 +18,7 @@ _QUOTES = re.compile(r"(?<!\d)\"|[“”„«»「」『』《》〈〉‹›‚
 _QUOTED = re.compile(r"[\"“”„«「『《〈‹‚][^\"“”„»」』》〉›\n]{1,60}[\"“”»」』》〉›‘]")
 _INITIALS = re.compile(
     r"[(\[][LR]\.?[)\]]|\b[LR]\.? ?(?:to|and|->|=>|[-–—/&→⟶➔]) ?[LR]\b|^\s*[LR]\s*:|"
-    r"\b[LR]\.?[ -](?:hand|side|corner|arm|leg|foot|eye|ear|half)\b|\b(?:upper|lower|top|bottom)[ -][LR]\b",
+    r"\b[LR]\.?[ -](?:hand|side|corner|arm|leg|foot|eye|ear)\b|\b(?:upper|lower|top|bottom)-[LR]\b",
     re.IGNORECASE,
 )
 # Words that hold a left or right and name none; any other such word ("topleft", "rightside", a typing error) is in doubt.
@@ -80,8 +80,10 @@ def _shown(solid: list[str], lower: list[str], place: int) -> bool:
     if word == "letter":
         return len(after[0]) == 1 and solid[place + 1].isupper()
     if word == "port":
-        ends = before[-1:] == ["to"] and after[0] in W.PAUSE  # a boat listing to port
-        return after[0] in W.SHIPS or (after[0] == "-" and after[1] in W.SHIPS) or ends
+        ends = (
+            before[-1:] == ["to"] and after[0] in W.PAUSE and W.LISTING & set(before[-2:-1])
+        )  # a boat listing to port
+        return after[0] in W.SHIPS or (after[0] == "-" and after[1] in W.SHIPS) or bool(ends)
     if word == "music":
         return before[-1:] == ["sheet"]
     if after[0] in W.READERS and not W.CARRIERS & set(before[-1:]):

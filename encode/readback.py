@@ -58,6 +58,10 @@ def channels(context: Any, jobs: Sequence, parts: Sequence[Mapping], datasets: M
     return first + "".join(fold(f"At {size}", block) for size, block in blocks[1:])
 
 
+class ShardDamaged(Exception):
+    """A record of a finished shard cannot be read."""
+
+
 def _places(context: Any, jobs: Sequence, parts: Sequence[Mapping], resolution: int) -> dict[str, tuple[str, int]]:
     """{picture: (bucket, its place among the bucket's records)} at one resolution."""
     places: dict[str, tuple[str, int]] = {}
@@ -75,7 +79,11 @@ def _records(context: Any, places: Mapping[str, tuple[str, int]], names: Sequenc
     opened = {bucket: records.open_bucket(context.root(resolution), bucket) for bucket, _ in map(places.get, names)}
     for name in names:
         bucket, place = places[name]
-        yield opened[bucket][place]
+        try:
+            record = opened[bucket][place]
+        except RuntimeError as error:  # as ArrayRecord says it
+            raise ShardDamaged(str(error)) from error
+        yield record
 
 
 def _unpadded(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -118,10 +118,12 @@ PERSONS = _set(
 GROUNDS = _set("image picture photo photograph frame scene background foreground row distance")
 BEING = _set("is are was were")
 RESTS = _set(  # of which little "is left"
-    "only just half hardly barely few none some slice slices piece pieces crumb crumbs bite bites bone bones bit bits rest "
+    "only just half hardly barely none slice slices piece pieces crumb crumbs bite bites bone bones bit bits rest "
     "remains"
 )
 TRACES = _set("print prints track tracks mark marks trail trails streak streaks")  # "a dog left paw prints"
+HAVING = _set("has have had having")  # "a man has left hand on his hip"
+LIMBS = _set("hand hands handed arm arms leg legs foot feet footed paw eye ear knee shoulder elbow wing side")
 LEAVERS = _set(
     "has have had having who someone somebody everyone nobody he she they we i just recently already accidentally carelessly"
 )
@@ -162,6 +164,9 @@ JUDGED = _set("all just quite not that's feels feel feeling felt seems everythin
 DOING = _set("get gets getting got do does doing did done put puts putting set make makes going")
 
 # What forbids the flip of the whole caption.
+LISTING = _set(
+    "listing lists leaning leans heeling heels heeled turning turns turned tilting looking one off"
+)  # to port
 SHIPS = _set("side bow quarter beam tack stern light")  # of port
 TURNING = _set("clockwise counterclockwise anticlockwise starboard southpaw southpaws lhs rhs")
 TYPOS = _set("rigth rihgt rght rigt lefft leftt lfet rightt")

@@ -8,6 +8,7 @@ victim when memory is short hits whatever file is in hand.
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import resource
@@ -27,8 +28,10 @@ from encode.images import ImageProblem
 from encode.records import InputError
 
 TRIES = 2
+GRACE = 10.0  # seconds after which a process ends itself whose file takes too long, and whose parent has died
 TOO_LARGE = 77  # exit code of a process whose file takes more memory than it may
 half = 0  # bytes of addresses, in a process that decodes: half of what it may take is taken
+last = 0  # seconds that a call may take before the kernel ends the process
 STARTING = 60.0  # seconds until the first process must be ready
 AT_ONCE = 5.0  # seconds that a process which is still starting is given to end by itself
 
@@ -98,7 +101,7 @@ class Workers:
 
     def _start(self) -> pebble.ProcessPool:
         pool = pebble.ProcessPool(
-            self.count, context=self._context, initializer=_limit, initargs=(self.memory * 2**20,)
+            self.count, context=self._context, initializer=_limit, initargs=(self.memory * 2**20, self.seconds + GRACE)
         )
         try:
             pool.schedule(os.getpid).result(timeout=STARTING)
@@ -158,10 +161,11 @@ def _cause(exitcode: int | None) -> str:
         return f"exit code {exitcode}"
 
 
-def _limit(memory: int) -> None:
+def _limit(memory: int, seconds: float) -> None:
     """Runs once in each process."""
-    global half
+    global half, last
     os.setpgrp()  # a signal to the whole group is not for us (see `_unheard`)
+    last = math.ceil(seconds)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a decoder stuck in C code would never see Python's handler
     try:
         with open("/proc/self/statm") as file:
@@ -177,6 +181,7 @@ def _limit(memory: int) -> None:
 def _call(function: Callable, value: Any) -> Any:
     """Runs in the process: the result, or why there is none."""
     before = _peak()
+    signal.alarm(last)  # deaf decoders are not to outlive a killed parent
     try:
         return function(value)
     except ImageProblem as problem:
@@ -185,6 +190,8 @@ def _call(function: Callable, value: Any) -> Any:
         os._exit(TOO_LARGE)
     except MemoryError:
         os._exit(TOO_LARGE)  # what is kept here of files before counts, too: another process tries again
+    finally:
+        signal.alarm(0)
 
 
 def _lacked_memory(problem: ImageProblem, before: int) -> bool:

@@ -299,6 +299,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"Stopped; {_judged(out)} The same command does the rest.")
         return commandline.STOPPED
+    if not rows and not problems:
+        return commandline.fail(
+            "no step was judged: a training beside this has removed them; give the same command again."
+        )
     print(f"Judged: {len(rows)} of the run's checkpoints. Look at {out / 'evaluation.html'}")
     return commandline.fail("; ".join(problems)) if problems else 0
 

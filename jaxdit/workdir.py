@@ -261,7 +261,7 @@ def refuse_fixed(workdir: Path, differences: list[tuple[str, Any, Any]]) -> None
             gone = ", whether or not it is still there" if name.removeprefix("train.") in STARTS else ""
             raise InputError(
                 f"{workdir} was begun with {name}={shown[0]}, now it is {shown[1]}; it is fixed for the life of a working "
-                f"folder: take the old value{gone}, or a new --workdir."
+                f"folder: take the old value{gone} (--config.{name}={old}), or a new --workdir."
             )
 
 

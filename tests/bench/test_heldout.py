@@ -26,4 +26,4 @@ def test_each_setting_is_what_its_name_says_and_trained_once_a_seed(tmp_path, mo
         *(("squares", 0), ("2 heads of 128", 0)),
         *(("squares", 1), ("direction 2", 1), ("2 heads of 128", 1)),
     ]
-    assert asked[:3] == [(0, 2.0, 3, 192), (0, 0.0, 3, 192), (0, 1.0, 2, 256)]
+    assert asked[:3] == [(0, 2.0, 3, 192), (0, 0.0, 3, 192), (0, 0.0, 2, 256)]

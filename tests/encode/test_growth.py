@@ -328,6 +328,13 @@ def test_a_page_that_cannot_be_drawn_keeps_no_data_set_back(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(report, "build", lambda *_: 1 / 0)
         assert _run(images, out).encoded == 6
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a result is not finite"):
+
+        def fail(*_):
+            raise RuntimeError("a result is not finite")  # of a device, whose numbers nobody wants
+
+        patch.setattr(report, "build", fail)
+        _run(images, out)
     assert "ZeroDivisionError" in caplog.text and not (out / "report.html").exists()
     assert records.load_dataset(out / "256")["count"] == 6
     assert _run(images, out).encoded == 6 and (out / "report.html").exists()
