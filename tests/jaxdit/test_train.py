@@ -308,7 +308,7 @@ def test_a_folder_that_is_no_working_folder_is_refused(path, tmp_path):
     (tmp_path / "holiday.jpg").touch()
     with pytest.raises(InputError, match=r"holds holiday\.jpg but no config\.json"):
         train.train(tiny(path), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "holiday.jpg"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["holiday.jpg"]
 
 
 def test_a_second_training_in_the_same_folder_is_refused(path, tmp_path):
