@@ -66,6 +66,12 @@ class Data:
     def spec(self, bucket: str):
         return records.features(self.latent(bucket), self.widths["text"], self.widths["vision"])
 
+    def rules_of(self, shard: Shard) -> Rules:
+        """Those of the data set; its captions may be mirrored by others than when it was begun, as its part says."""
+        part = read_json(shard.part) if shard.part else None
+        version = part.get("captions") if isinstance(part, dict) else None
+        return replace(self.rules, swap=version == captions.RULES) if version else self.rules
+
     def buckets(self) -> list[str]:
         return list(dict.fromkeys(shard.bucket for shard in self.shards))
 

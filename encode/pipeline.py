@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from encode import images, prepare, recaption, records
+from encode import fingerprint, images, prepare, recaption, records
 from encode import plan as plan_rules
 from encode.finish import finish, is_finished
 from encode.plan import Stopped
@@ -173,7 +173,7 @@ def _encode_here(context: Context, jobs: Sequence[Job], progress: Progress) -> N
 
 def _plan(config, folder: Path, out: Path, collection: Collection, encoders, workers, stop, keep) -> dict[str, Any]:
     """The stored plan, with shards added for photographs that are new; or a new one."""
-    wanted = json.loads(json.dumps(plan_rules.fingerprint(config, encoders)))
+    wanted = json.loads(json.dumps(fingerprint.of(config, encoders)))
     path = out / "plan.json"
     if path.exists():
         advice = "remove it and run again: the same photographs give the same plan"
@@ -183,7 +183,7 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
                 f"{path}: schema version {plan.get('schema')} found, this program writes version {records.SCHEMA}; "
                 "encode into a new folder."
             )
-        plan_rules.refuse_difference(out, plan["fingerprint"], wanted)
+        fingerprint.refuse_difference(out, plan["fingerprint"], wanted)
         parts = []
         for part in sorted((out / "parts").glob("[!.]*.json")):
             with contextlib.suppress(InputError):  # a damaged one is named when its turn comes

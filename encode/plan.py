@@ -16,26 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from encode import buckets, captions, images, prepare
+from encode import buckets, images, prepare
 from encode.progress import Progress
-from encode.records import PRECOMPUTED, InputError, bucket_name
+from encode.records import InputError, bucket_name
 from encode.source import Collection, Item, Problem
 from encode.workers import Workers
 
 log = logging.getLogger(__name__)
-# May change while a run goes on: they decide how fast it is, and which files fail, but not what a record holds.
-FREE = ("images", "out", "batch_size", "vae.path", "text.path", "vision.path")
-FREE += (
-    "decode_workers",
-    "decode_seconds",
-    "decode_memory",
-    "device",
-    "engine",
-    "accept_captions",
-    "ray.actors",
-    "ray.gpus",
-    "ray.cpus",
-)
 HEADERS = 32  # headers that a worker reads at a time
 Sizes = dict[str, tuple[int, int]]
 
@@ -315,45 +302,6 @@ def targets(config: Any, cells: int, shape: buckets.Shape, size: tuple[int, int]
         if (min(scales) if pad else max(scales)) <= config.max_upscale:
             found[resolution] = bucket
     return found, pad
-
-
-def fingerprint(config: Any, encoders: Any) -> dict[str, Any]:
-    """Everything that decides what the records hold."""
-    vision = PRECOMPUTED if encoders.vision is None else encoders.vision.fingerprint
-    return {
-        "config": {name: value for name, value in _flat(config.to_dict()).items() if name not in FREE},
-        "encoders": {"vae": encoders.vae.fingerprint, "text": encoders.text.fingerprint, "vision": vision},
-        "rules": {"resize": images.RESIZE_RULE, "captions": f"left/right swap, version {captions.RULES}"},
-    }
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{name}.") if isinstance(inner, Mapping) else {f"{prefix}{name}": inner}
-    return flat
-
-
-def refuse_difference(out: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if listed := differences(stored, wanted):
-        if stored.get("rules") != wanted.get("rules") and not differences(
-            stored | {"rules": {}}, wanted | {"rules": {}}
-        ):
-            raise InputError(
-                f"{out} was begun by another version of this program, whose records are not of one kind with today's: {listed}. "
-                "What is encoded stays; to go on with it or add to it, check out that version, or choose a new config.out."
-            )
-        raise InputError(
-            f"{out} was begun with another configuration: {listed}. Set it back, or choose a new folder "
-            "(config.out, the quickstart's --out)."
-        )
-
-
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Where two fingerprints differ, the first five fields; empty if they are the same."""
-    old, new = (_flat(side) for side in (stored, wanted))
-    differing = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-    return "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in differing[:5])
 
 
 def added(

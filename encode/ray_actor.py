@@ -21,8 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from encode import plan as plan_rules
-from encode import prepare
+from encode import fingerprint, prepare
 from encode.images import ImageProblem
 from encode.progress import disk_full
 from encode.records import InputError
@@ -95,12 +94,12 @@ class Actor:
         config = ConfigDict(order.config)
         try:
             encoders = load(config)
-            found = json.loads(json.dumps(plan_rules.fingerprint(config, encoders)))
+            found = json.loads(json.dumps(fingerprint.of(config, encoders)))
         except InputError as error:
             return Outcome("input", f"node {node}: {error}")
         except Exception as error:
             return Outcome("work", f"node {node}: the encoders cannot be loaded: {type(error).__name__}: {error}")
-        if differing := plan_rules.differences(order.fingerprint, found):
+        if differing := fingerprint.differences(order.fingerprint, found):
             return Outcome(
                 "input",
                 f"node {node} has other encoders than {order.out} was begun with: {differing}. Give every node the same "

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from encode import fingerprint
 from encode.progress import Progress
 from encode.ray_actor import TOKEN, Actor, Key, Order, Outcome, Report, key
 from encode.records import InputError
@@ -65,7 +66,7 @@ def encode(context: Context, plan: Mapping[str, Any], jobs: Sequence[Job], progr
         out=context.out.absolute(),
         token=token.read_text(),
         probe=(context.items[asked[0]].path if asked else context.folder).absolute(),
-        fingerprint=plan["fingerprint"],
+        fingerprint=plan["fingerprint"] | {"rules": fingerprint.rules()},
         cells=context.cells,
         vision_width=context.vision_width,
         load=LOAD,

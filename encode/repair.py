@@ -16,7 +16,13 @@ from encode.whole_files import whole_file, write_json
 
 
 class Changed(ValueError):
-    """Photographs are no longer what was encoded, so a shard made from them would be another one."""
+    """Photographs, or rules, are no longer what a shard was encoded with, so it would be another one."""
+
+
+def can_encode_again(data: Data, shard: Shard) -> bool:
+    """Whether its captions would be mirrored by the rules by which they were."""
+    rules = data.rules_of(shard)
+    return rules.swap or not rules.flip
 
 
 def encode_again(
@@ -36,8 +42,12 @@ def encode_again(
       names of the files written.
 
     Raises:
-      Changed: a photograph or caption is not what was encoded; nothing was written.
+      Changed: a photograph or caption is not what was encoded, or would be mirrored otherwise; nothing was written.
     """
+    if not can_encode_again(data, shard):
+        raise Changed(
+            "left and right of its captions were exchanged by older rules than this version of the program has"
+        )
     part, _ = dataset_check.read_part(shard)
     part = None if part_damaged else part
     known = {row[0]: row[1] for row in part["records"]} if part else {}
@@ -72,7 +82,7 @@ def _beside(data: Data, shard: Shard, found: Found, shard_damaged: bool) -> dict
             other = data.at(size)
             place = other.shards[number]
             read = shard_check.look(
-                other.path(place), other.latent(place.bucket), data.rules, lambda: False, lambda _: None
+                other.path(place), other.latent(place.bucket), data.rules_of(place), lambda: False, lambda _: None
             )
             if not read.problems:
                 beside[size] = read

@@ -128,7 +128,8 @@ class Encoded:
 
     Attributes:
       rows, sums: {resolution: records}, {resolution: sums of batches}.
-      part: what the end of the run needs of them: those that were refused, those whose captions were cut, ids and hashes.
+      part: what the end of the run needs of them: those that were refused, those whose captions were cut, ids and hashes, and
+        the version of the rules by which captions were mirrored.
     """
 
     rows: dict[int, list[dict[str, Any]]]
@@ -138,7 +139,7 @@ class Encoded:
     @classmethod
     def nothing(cls, resolutions: Sequence[int]) -> Encoded:
         rows, sums = ({size: [] for size in resolutions} for _ in range(2))
-        return cls(rows, sums, {"quarantine": [], "truncated": [], "records": []})
+        return cls(rows, sums, {"quarantine": [], "truncated": [], "records": [], "captions": captions.RULES})
 
 
 def batches(
@@ -190,7 +191,7 @@ def encode_shard(context: Context, job: Job, read: Iterator, progress: Progress)
         context.encoders.prove()
     part["stats"] = {size: stats.merge(sums).to_json() for size, sums in made.sums.items() if sums}
     if len(missing) < len(config.resolutions) and not _is_as_written(context.part(job), part):
-        missing = list(config.resolutions)  # pictures have changed since a stop between two of them
+        missing = list(config.resolutions)  # pictures or rules have changed since a stop between two of them
         for size in missing:
             context.index(job, size).unlink(missing_ok=True)
     write_json(context.part(job), part)
@@ -201,9 +202,10 @@ def encode_shard(context: Context, job: Job, read: Iterator, progress: Progress)
 
 
 def _is_as_written(path: Path, part: dict[str, Any]) -> bool:
-    """Whether the file of a shard that has been written in part tells of the same pictures."""
+    """Whether the file of a shard that has been written in part tells of the same pictures, mirrored by the same rules."""
     try:
-        return records.read_json(path, "")["records"] == part["records"]
+        found = records.read_json(path, "")
+        return all(found[name] == part[name] for name in ("records", "captions"))
     except (OSError, InputError, KeyError):
         return False
 

@@ -34,7 +34,7 @@ class Rules:
     Attributes:
       text, vision: widths.
       flip: mirror images were encoded; without it they are copies, and caption_flip is empty.
-      swap: whether caption_flip can be compared: the data set was made with the rules that captions.py holds now.
+      swap: whether caption_flip can be compared: it was made with the rules that captions.py holds now.
       own_vectors: the vision vectors are precomputed: whatever the user gave is right, zeros too.
       inputs: {id: caption} as planned; None where there is no plan.
       unflipped: ids that must not be mirrored; None where that is not known.

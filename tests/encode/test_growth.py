@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encode import pipeline, plan, progress, records, report, stats
+from encode import captions, doctor, pipeline, plan, progress, records, report, stats
 from tests.encode import fakes
 
 RESOLUTIONS = (128, 256)
@@ -468,6 +468,63 @@ def test_pictures_that_change_between_two_resolutions_of_a_shard_leave_one_data_
     assert found[0].keys() == found[1].keys() and len(found[0]) == 5
     assert all(found[0][name]["pixel_hash"] == found[1][name]["pixel_hash"] for name in found[0])
     assert records.load_dataset(out / "128")["count"] == 5
+
+
+def _older_rules(monkeypatch):
+    """As before the rules for captions changed: none of these was mirrored."""
+    monkeypatch.setattr(captions, "RULES", captions.RULES - 1)
+    monkeypatch.setattr(captions, "swap", lambda caption: None)
+
+
+def test_older_rules_for_captions_keep_no_new_photographs_back_and_what_is_encoded_stays(tmp_path, monkeypatch, caplog):
+    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
+    with monkeypatch.context() as older:
+        _older_rules(older)
+        _run(images, out)
+    for part in (out / "parts").glob("*.json"):  # of before they named the rules
+        part.write_text(json.dumps({k: v for k, v in json.loads(part.read_text()).items() if k != "captions"}))
+    before, old = _times(out), json.loads((out / "128" / "dataset.json").read_text())
+    _add(images, 6, 6)
+    assert _run(images, out).encoded == 12
+    assert "What is encoded stays as it is" in caplog.text
+    assert before.items() <= _times(out).items()
+    flips = {name: record["caption_flip"].decode() for name, record in _records(out, 128).items()}
+    assert {name for name, flip in flips.items() if not flip} == {f"{number:03d}.png" for number in range(6)}
+    assert flips["006.png"] == "picture 6, dark on the right"
+    assert json.loads((out / "128" / "dataset.json").read_text())["fingerprint"] == old["fingerprint"]
+
+    def check(**changes):
+        return doctor.examine(doctor.Call(out / "256", **changes), lambda config: fakes.encoders())
+
+    verdict = check(reencode=100)
+    assert (verdict.damages, verdict.notes, verdict.records) == ([], [], 12)
+    shards = sorted(path for path in (out / "256").rglob("*array_record-*") if "index" not in path.name)
+    sound = {path: path.read_bytes() for path in shards}
+    for path, content in sound.items():
+        path.write_bytes(content[:-1000])
+    assert len(check(reencode=0, repair=True).damages) == 3
+    assert [path.read_bytes() == sound[path] for path in shards] == [False, True] * 3
+    assert "older rules" in " ".join(check(reencode=0, repair=True).notes)
+
+
+def test_rules_that_change_between_two_resolutions_of_a_shard_leave_one_data_set(tmp_path, monkeypatch):
+    images, out, write = fakes.photographs(tmp_path / "in", 6), tmp_path / "out", records.write_shard
+
+    def full(root, *rest):
+        if root.name == "256":
+            raise OSError(28, "No space left on device")
+        write(root, *rest)
+
+    with monkeypatch.context() as older:
+        older.setattr(records, "write_shard", full)
+        older.setattr(captions, "RULES", captions.RULES - 1)
+        older.setattr(captions, "swap", lambda caption: caption[::-1])  # as many tokens
+        with pytest.raises(pipeline.WorkFailed):
+            _run(images, out, shard_size=100)
+    _run(images, out, shard_size=100)
+    found = [{name: record["caption_flip"] for name, record in _records(out, size).items()} for size in RESOLUTIONS]
+    assert found[0] == found[1]
+    assert found[0]["000.png"] == b"picture 0, dark on the right"
 
 
 def test_a_refused_picture_of_a_wrong_date_is_tried_once_more_and_not_for_ever(tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from configs import encode_demo, encode_flux
 from encode import buckets, captions, pipeline, plan, prepare, records
+from encode import images as resizing
 from encode.records import InputError
 from encode.source import Item
 from encode.workers import Workers
@@ -40,14 +41,19 @@ def _records(root):
     return {record["id"].decode(): record for record in found}
 
 
-def test_other_rules_are_another_version_of_the_program_not_a_field_to_set_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "name", "other"), [(captions, "RULES", 10**6), (resizing, "RESIZE_RULE", "by hand")]
+)
+def test_other_rules_are_another_version_of_the_program_not_a_field_to_set_back(
+    tmp_path, monkeypatch, module, name, other
+):
     images = _save(tmp_path / "in", a=(200, 200))
-    monkeypatch.setattr(captions, "RULES", captions.RULES - 1)
+    monkeypatch.setattr(module, name, other)
     _run(images, tmp_path / "out")
     monkeypatch.undo()
     _save(images, b=(200, 200))
     with pytest.raises(
-        InputError, match=r"begun by another version of this program.*version \d.*What is encoded stays"
+        InputError, match=r"begun by another version of this program.*: rules\..* was .*What is encoded stays"
     ) as refused:
         _run(images, tmp_path / "out")
     assert "Set it back" not in str(refused.value)
