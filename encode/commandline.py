@@ -50,6 +50,9 @@ def run(main: Callable[..., int], *, config: str | None = None, interrupted: boo
       interrupted: whether SIGTERM, as Ctrl-C, ends main wherever it is, by KeyboardInterrupt (see `go_on`). In the midst of a
         compilation that leaves JAX in a state in which the interpreter's own end can crash: such a process is left at once.
     """
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by who started us (>&-)
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 - it stays open
     if interrupted:
         signal.signal(signal.SIGINT, _interrupt)
         signal.signal(signal.SIGTERM, _interrupt)
@@ -72,6 +75,7 @@ def run(main: Callable[..., int], *, config: str | None = None, interrupted: boo
             sys.exit(0)
         options = _parse(config)
         code = main(options) if config else main()
+        sys.stdout.flush()
     except InputError as error:
         code = fail(str(error), 2)
     except KeyboardInterrupt:
@@ -83,7 +87,6 @@ def run(main: Callable[..., int], *, config: str | None = None, interrupted: boo
         if error.errno is None:
             raise
         code = fail(file_problem(error), 2 if error.errno in WRONG_PATH else 1)
-    sys.stdout.flush()
     if interrupted and code == STOPPED:
         sys.stderr.flush()
         os._exit(code)

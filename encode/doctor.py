@@ -173,7 +173,7 @@ def _compare(session: _Session, found: Mapping[Shard, Found], verdict: Verdict) 
     places = [
         (shard, place, entry)
         for shard in data.shards
-        if shard.job and shard not in damaged and repair.can_encode_again(data, shard)
+        if shard.job and shard not in damaged and repair.by_todays_rules(data, shard)
         for entries in [{entry[0]: entry for entry in shard.job.entries}]
         for place, name in enumerate(found[shard].ids)
         for entry in [entries[name]]

@@ -88,19 +88,22 @@ def present(folder: Path, read: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any
       WorkFailed: a picture is refused, and nothing is left in the folder.
     """
     for what, found in read:
-        if isinstance(found, images.ImageProblem) and _is_gone(folder):
+        if isinstance(found, images.ImageProblem) and (problem := _is_gone(folder)):
             raise WorkFailed(
-                f"{folder} is empty or gone, so no picture of it can be read: is its disk mounted? No picture was refused for "
-                "it; once it is back the same command goes on."
+                f"{folder} {problem}, so no picture of it can be read. No picture was refused for it; once it is back the "
+                "same command goes on."
             )
         yield what, found
 
 
-def _is_gone(folder: Path) -> bool:
+def _is_gone(folder: Path) -> str | None:
+    gone = "is empty or gone (is its disk mounted?)"
     try:
-        return next(os.scandir(folder), None) is None
-    except OSError:
-        return True
+        return None if next(os.scandir(folder), None) else gone
+    except FileNotFoundError:
+        return gone
+    except OSError as error:
+        return f"cannot be looked into any more ({error.strerror})"
 
 
 def refusals(plan: Mapping, parts: Sequence[Mapping]) -> dict[str, tuple[str, int]]:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import os
 import re
 import threading
 from pathlib import Path
@@ -110,7 +111,7 @@ class Files:
         """The file of a picture of the gallery; None for any other name."""
         path = self.folder / name
         fine = Path(name).name == name and name.endswith(".png") and not name.startswith(".")
-        return path if fine and path.is_file() else None
+        return path if fine and os.path.isfile(path) else None  # Path.is_file raises for a name that no disk could hold
 
     def address(self, kind: str, name: str) -> str:
         """Of "picture" or "small", another one whenever the file is another one: browsers keep what they have seen."""

@@ -5,12 +5,13 @@
 #   launch/quickstart.sh --images=DIR         your own captioned photographs, through the same small encoders
 #   launch/quickstart.sh --out=DIR            where everything goes (default: quickstart, or quickstart-own with --images)
 #   launch/quickstart.sh --steps=N            train only N steps; the gate is then expected to fail
+#   launch/quickstart.sh --config.FIELD=...   another value of configs/quickstart.py for the training
 #
 # Run again, it goes on where it stopped.
 set -euo pipefail
 unset CDPATH # cd would say where it goes
 
-images="" steps="" out=""
+images="" steps="" out="" changes=()
 while [ $# -gt 0 ]; do
   argument="$1"
   case "$argument" in
@@ -29,7 +30,8 @@ while [ $# -gt 0 ]; do
       ;;
     --steps=?*) steps="$value" ;;
     --out=?*) case "$value" in /*) out="$value" ;; *) out="$PWD/$value" ;; esac ;;
-    --help | -h) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --config.?*=*) changes+=("$argument") ;;
+    --help | -h) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "Error: $argument is not understood; launch/quickstart.sh --help says what is." >&2; exit 2 ;;
   esac
 done
@@ -76,7 +78,7 @@ training=(--config=configs/quickstart.py --workdir="$out/run" --config.data.path
 if [ -n "$steps" ]; then
   training+=(--config.train.total_steps="$steps" --config.optim.warmup_steps=$((steps / 10)))
 fi
-stage "train" $python -m jaxdit.main "${training[@]}"
+stage "train" $python -m jaxdit.main "${training[@]}" ${changes[@]+"${changes[@]}"}
 
 # What the gate and the samples were made from: the newest checkpoint of this very run.
 newest="$(cd "$out/run/checkpoints" && printf '%s\n' * | grep -E '^[0-9]+$' | sort -n | tail -1) $(cksum < "$out/run/config.json")"

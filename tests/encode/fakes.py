@@ -114,7 +114,6 @@ def tree(folder: Path) -> dict[str, bytes]:
     return found
 
 
-if (
-    __name__ == "__main__"
-):  # python -m tests.encode.fakes IMAGES OUT: a run in a process of its own, slowed to be killed
+if __name__ == "__main__":
+    # python -m tests.encode.fakes IMAGES OUT: a run in a process of its own, slowed to be killed
     pipeline.run(config(Path(sys.argv[1]), Path(sys.argv[2])), encoders(pause=float(os.environ.get("FAKE_PAUSE", "0"))))

@@ -2,6 +2,7 @@
 
 import errno
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,3 +53,15 @@ def test_the_first_signal_asks_the_second_stops_at_once_and_nohup_is_heeded():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("words", "code"), [("--help", 0), ("--data=/nowhere", 2)])
+def test_a_closed_output_changes_no_exit_code(words, code):
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        done = subprocess.run(
+            ["bash", "-c", f"{sys.executable} -m encode.doctor {words} {closed}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, "Traceback" in done.stderr + done.stdout) == (code, False)

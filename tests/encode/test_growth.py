@@ -1,5 +1,6 @@
 """A data set that grows: new photographs get shards of their own, and what is finished is left alone."""
 
+import errno
 import io
 import json
 import os
@@ -255,6 +256,16 @@ def test_a_disk_that_is_gone_for_a_while_refuses_no_picture(tmp_path, monkeypatc
     assert (summary.encoded, summary.refused) == (40, 0)
 
 
+def test_a_folder_that_cannot_be_looked_into_any_more_is_not_called_gone(tmp_path, monkeypatch):
+    def forbidden(folder):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    found = iter([("what", plan.images.ImageProblem("cannot be read"))])
+    monkeypatch.setattr(plan.os, "scandir", forbidden)
+    with pytest.raises(pipeline.WorkFailed, match=r"cannot be looked into any more \(Permission denied\).*goes on"):
+        list(plan.present(tmp_path, found))
+
+
 def test_a_picture_that_could_not_be_read_is_tried_again_when_it_can(tmp_path):
     images, out, away, asked = fakes.photographs(tmp_path / "in", 40), tmp_path / "out", tmp_path / "away.png", []
     changes = {"resolutions": (128,), "shard_size": 40, "batch_size": 1, "decode_workers": 1}
@@ -504,7 +515,26 @@ def test_older_rules_for_captions_keep_no_new_photographs_back_and_what_is_encod
         path.write_bytes(content[:-1000])
     assert len(check(reencode=0, repair=True).damages) == 3
     assert [path.read_bytes() == sound[path] for path in shards] == [False, True] * 3
-    assert "older rules" in " ".join(check(reencode=0, repair=True).notes)
+    assert "mirror 2 of its captions otherwise" in " ".join(check(reencode=0, repair=True).notes)
+
+
+def test_a_shard_whose_captions_older_rules_mirrored_as_todays_do_is_mended_to_the_same_bytes(tmp_path, monkeypatch):
+    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
+    with monkeypatch.context() as older:
+        older.setattr(captions, "RULES", captions.RULES - 1)
+        _run(images, out)
+    sound = fakes.tree(out)
+    parts = sorted((out / "parts").glob("*.json"))
+    parts[0].unlink()
+    for path in sorted((out / "256").rglob("*array_record-00000"))[1:]:
+        path.write_bytes(path.read_bytes()[:-1000])
+    call = doctor.Call(out / "256", reencode=0, repair=True)
+    verdict = doctor.examine(call, lambda config: fakes.encoders())
+    assert (verdict.damages, verdict.notes, len(verdict.mended)) == ([], [], 3)
+    part = json.loads(sound[str(parts[0].relative_to(out))])
+    assert json.loads(parts[0].read_text()) == {name: value for name, value in part.items() if name != "captions"}
+    sound.pop(str(parts[0].relative_to(out)))
+    assert sound.items() <= fakes.tree(out).items()
 
 
 def test_rules_that_change_between_two_resolutions_of_a_shard_leave_one_data_set(tmp_path, monkeypatch):

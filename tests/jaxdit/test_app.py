@@ -317,6 +317,7 @@ def test_only_pictures_of_the_gallery_are_given_out(at):
         ".a.png",
         "",
         "/etc/passwd",
+        "b" * 252 + ".png",  # longer than a name can be
     ):
         assert at.files.path(name) is None and at.files.small(name) is None and at.files.settings(name) == {}
     assert at.files.small("broken.png") is None
