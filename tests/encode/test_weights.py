@@ -2,6 +2,8 @@
 
 import errno
 import fnmatch
+import hashlib
+import json
 import logging
 import os
 import subprocess
@@ -248,3 +250,14 @@ def test_sharded_weights_are_hashed_whole_and_may_not_lack_a_part(tmp_path):
     shards[0].unlink()
     with pytest.raises(InputError, match=f"{shards[0].name} is missing; download it again"):
         encoders.load_vision(SECTIONS["vision"] | {"path": str(tmp_path / "parts")})
+
+
+def test_parts_of_weights_are_hashed_in_the_order_of_their_names(tmp_path):
+    names = [f"model-{number:05d}-of-00009.safetensors" for number in range(1, 10)]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    parts = {f"layer {number}": name for number, name in enumerate(reversed(names))}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    wanted = hashlib.sha256("".join(names).encode()).hexdigest()
+    text = weights.Wanted("text", "T5", "model_type", ("t5",), "model")
+    assert weights.weights_hash(text, tmp_path) == wanted

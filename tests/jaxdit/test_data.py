@@ -443,3 +443,25 @@ def test_a_text_length_that_just_holds_the_longest_caption_will_do(tmp_path):
     make_data.dataset(tmp_path / "64", {"64x64": 8})
     longest = records.load_dataset(tmp_path / "64")["text_longest"]
     assert data.Dataset(tmp_path / "64", text_lengths=(longest,)).text_lengths == (longest,)
+
+
+def test_an_image_to_measure_on_has_the_numbers_of_its_own_id_in_every_batch(written):
+    root, wanted = written
+    names = {row["vision"].tobytes(): row["id"] for rows in wanted.values() for row in rows}
+    dataset = data.Dataset(root, holdout_fraction=0.4)
+    for split, size in (("training", 3), ("training", 4), ("held_out", 3)):
+        for batch, numbers, real in dataset.fixed_batches(split, size, 100):
+            for vision, number in zip(batch["vision"][:real], numbers[:real], strict=True):
+                digest = hashlib.sha256(names[vision.tobytes()].encode()).digest()
+                np.testing.assert_array_equal(number[:2], np.frombuffer(digest[:8], "<u4"))
+
+
+def test_a_mirrored_picture_whose_caption_names_no_side_keeps_its_text(tmp_path, monkeypatch):
+    made = make_data.record
+    same = {"caption": "a boat", "caption_flip": "a boat", "text_flip": np.zeros((0, 12), make_data.BF16)}
+    monkeypatch.setattr(make_data, "record", lambda *given, **options: made(*given, **options) | same)
+    rows = make_data.dataset(tmp_path / "64", {"64x64": 3})["64x64"]
+    batch = data.Dataset(tmp_path / "64").read("64x64", np.arange(3), np.ones(3, bool))
+    for row, text, length, vision in zip(rows, batch["text"], batch["text_length"], batch["vision"], strict=True):
+        np.testing.assert_array_equal(vision, row["vision_flip"])
+        np.testing.assert_array_equal(text[:length], row["text"])

@@ -120,6 +120,7 @@ def test_the_loss_of_a_padded_picture_is_that_of_its_picture_alone():
     options = {"mean": 0.0, "std": 1.0, "shift": 1.0, "drop_both": 0.0, "drop_text": 0.0, "drop_vision": 0.0}
     found = flow.losses(wrong_in_the_padding, batch, keys(8), **options)
     np.testing.assert_allclose(found["loss"], 0, atol=1e-6)
+    np.testing.assert_allclose(found["direction"], 0, atol=1e-3)
     np.testing.assert_allclose(found["velocity"], found["target"], rtol=1e-4)
 
 
@@ -151,5 +152,6 @@ def test_the_loss_takes_each_option_for_what_it_is_and_noise_of_its_own_draw():
     logit = np.log(t / (1 - t))
     np.testing.assert_allclose([logit.mean(), logit.std()], [0.5, 0.3], atol=0.03)
     np.testing.assert_allclose([seen["text"].mean(), seen["vision"].mean()], [0.3, 0.1], atol=0.04)
-    related = np.corrcoef([logit, *np.asarray(seen["noise"]).reshape(2000, 4).T])
-    assert abs(related[0, 1:]).max() < 0.1
+    related = np.corrcoef([seen["text"], seen["vision"], logit, *np.asarray(seen["noise"]).reshape(2000, 4).T])
+    assert abs(related[2, 3:]).max() < 0.1
+    assert abs(related[:2, 2:]).max() < 0.1

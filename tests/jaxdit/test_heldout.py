@@ -59,3 +59,34 @@ def test_both_splits_are_judged_at_the_same_timesteps_spread_as_those_of_trainin
     np.testing.assert_array_equal(seen["held_out"], seen["training"])
     drawn = flow.draw_timesteps(flow.sample_keys(0, 0, 0, 20_000), **options)
     np.testing.assert_allclose(seen["training"], np.quantile(drawn, (np.arange(16) + 0.5) / 16), atol=0.01)
+
+
+def test_an_image_is_judged_at_the_timestep_of_its_rank_with_the_noise_of_its_id(monkeypatch):
+    seen, options = {}, {"mean": 0.3, "std": 0.8, "shift": 2.0}
+
+    def dit(x_t, t, *_):
+        seen["noise"] = x_t / t[:, None, None, None]  # the latents are zero
+        return jnp.ones_like(x_t)
+
+    monkeypatch.setattr(heldout.nnx, "merge", lambda graph, params: dit)
+    numbers = jnp.array([[1, 2, 2**30], [1, 2, 3 * 2**30], [1, 3, 2**30], [4, 2, 2**30]], jnp.uint32)
+    loss, t = heldout.losses(None, options, None, {"latent": jnp.zeros((4, 4, 4, 2))}, numbers, jnp.zeros(3))
+    noise = np.asarray(seen["noise"])
+    np.testing.assert_allclose(t, flow.quantile_timesteps(jnp.array([0.25, 0.75, 0.25, 0.25]), **options), rtol=1e-6)
+    np.testing.assert_allclose(noise[0], noise[1], rtol=1e-4, atol=1e-5)  # of one image, whatever its rank
+    assert all(np.abs(noise[0] - noise[k]).max() > 0.1 for k in (2, 3))
+    np.testing.assert_allclose(loss, np.square(1 - noise).mean((1, 2, 3)), rtol=1e-4)
+
+
+def test_the_tenths_of_t_are_those_of_held_out_images_by_the_average_with_both_conditions():
+    class Data:
+        def fixed_batches(self, split, *_):
+            yield {"x": np.array([1.0, 4.0]) + 50 * (split == "training")}, np.zeros(2), 2
+
+    def judge(weights, batch, numbers, drops):
+        return weights * batch["x"] + 7 * drops.sum(), np.array([0.05, 0.95])
+
+    same = {"place": lambda value: value, "everywhere": lambda value: value, "stopped": lambda: False}
+    row = heldout.evaluate(judge, {"ema": 1.0, "raw": 10.0}, Data(), batch_size=2, images=2, **same)
+    assert (row["eval/held_out/ema/t0"], row["eval/held_out/ema/t9"]) == (1.0, 4.0)
+    assert (row["eval/training/ema/text_vision"], row["eval/held_out/ema/none"]) == (52.5, 9.5)

@@ -492,3 +492,11 @@ def test_the_numbers_of_a_row_are_what_their_names_say():
     for name, parts in {"text": ("text_in", "text_norm"), "vision": ("vision_in", "vision_out")}.items():
         assert row[f"grad/{name}"] == pytest.approx(norm(grads, *parts) / 4, rel=1e-4)
         assert row[f"move/{name}"] == pytest.approx(norm(moved, *parts) / norm(new["params"], *parts), rel=1e-4)
+
+
+def test_each_layer_and_each_null_condition_begins_with_draws_of_its_own():
+    blocks = (params := jax.jit(partial(model.initial_parameters, SETTINGS, 0))())["blocks"]
+    for layer in (blocks["self_attention"]["query"], blocks["mlp_in"], blocks["mlp_out"]):
+        assert (layer["kernel"][0] != layer["kernel"][1]).any()
+    for name in ("null_text", "null_vision"):
+        assert 0.3 < np.std(params[name]) < 3

@@ -224,3 +224,14 @@ def test_references_are_read_as_the_training_data_were(tmp_path):
         with Image.open(path) as image:
             found = np.asarray(encoders.upright(image), int)
         assert np.abs(found - images.decode(path, 10**6)).max() <= 1, path.name
+
+
+def test_references_are_mixed_by_their_shares_whatever_their_sum(by_reference):
+    vectors = np.random.default_rng(0).standard_normal((2, tiny_models.VISION_WIDTH)).astype(np.float32)
+    kept = by_reference.config.normalize_vision
+    try:
+        by_reference.register_to_config(normalize_vision=False)
+        found = by_reference._vision(list(vectors), [3, 1])
+    finally:
+        by_reference.register_to_config(normalize_vision=kept)
+    np.testing.assert_allclose(found, 0.75 * vectors[0] + 0.25 * vectors[1], rtol=1e-5, atol=1e-6)
