@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import logging
@@ -69,12 +70,13 @@ def run(main: Callable[..., int], *, config: str | None = None, interrupted: boo
     logging.getLogger("absl").setLevel(logging.WARNING)
     for noisy in ("orbax", "jax", "tensorflow_datasets", "grain"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    code = 0
     try:
         if {"--help", "-help", "-h"} & set(sys.argv[1:]):
             print(_help(config))
-            sys.exit(0)
-        options = _parse(config)
-        code = main(options) if config else main()
+        else:
+            options = _parse(config)
+            code = main(options) if config else main()
         sys.stdout.flush()
     except InputError as error:
         code = fail(str(error), 2)
@@ -82,11 +84,16 @@ def run(main: Callable[..., int], *, config: str | None = None, interrupted: boo
         fail("interrupted before everything was saved; the same command goes on from what was saved last.")
         os._exit(1)  # threads that are still writing would fill pages when the interpreter ends them
     except BrokenPipeError:
-        os._exit(0)  # who reads the output has seen enough
+        os._exit(code)  # who reads the output has seen enough
     except OSError as error:
         if error.errno is None:
             raise
         code = fail(file_problem(error), 2 if error.errno in WRONG_PATH else 1)
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # full, or read by nobody: the interpreter would try again, and give an exit code of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     if interrupted and code == STOPPED:
         sys.stderr.flush()
         os._exit(code)
@@ -138,7 +145,8 @@ def _help(config: str | None) -> str:
 
 def fail(message: str, code: int = 1) -> int:
     """Say what is wrong in one sentence on the standard error stream, and give the exit code."""
-    print(message if code == STOPPED else f"Error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(message if code == STOPPED else f"Error: {message}", file=sys.stderr, flush=True)
     return code
 
 

@@ -124,7 +124,7 @@ def _read(data: Data, shards: Sequence[Shard], stop: Callable[[], bool]) -> dict
         promised = data.own["count"]  # without those that could not be decoded
     progress = Progress("records read", promised, promised)
     return {
-        shard: shard_check.look(data.path(shard), data.latent(shard.bucket), data.rules_of(shard), stop, progress.step)
+        shard: shard_check.look(data.path(shard), data.latent(shard.bucket), data.rules, stop, progress.step)
         for shard in shards
     }
 
@@ -173,7 +173,7 @@ def _compare(session: _Session, found: Mapping[Shard, Found], verdict: Verdict) 
     places = [
         (shard, place, entry)
         for shard in data.shards
-        if shard.job and shard not in damaged and repair.by_todays_rules(data, shard)
+        if shard.job and shard not in damaged
         for entries in [{entry[0]: entry for entry in shard.job.entries}]
         for place, name in enumerate(found[shard].ids)
         for entry in [entries[name]]

@@ -66,12 +66,6 @@ class Data:
     def spec(self, bucket: str):
         return records.features(self.latent(bucket), self.widths["text"], self.widths["vision"])
 
-    def rules_of(self, shard: Shard) -> Rules:
-        """Those of the data set; its captions may be mirrored by others than when it was begun, as its part says."""
-        part = read_json(shard.part) if shard.part else None
-        version = part.get("captions") if isinstance(part, dict) else None
-        return replace(self.rules, swap=version == captions.RULES) if version else self.rules
-
     def buckets(self) -> list[str]:
         return list(dict.fromkeys(shard.bucket for shard in self.shards))
 
@@ -191,4 +185,5 @@ def _rules(plan, own, config: Mapping[str, Any], widths: Mapping[str, int]) -> R
         own_vectors=bool(config["vision"].get("precomputed")),
         inputs=plan["inputs"] if plan else None,
         unflipped=frozenset(plan["unflipped"]) if plan and "unflipped" in plan else None,
+        flips=plan.get("flips") if plan else None,
     )

@@ -105,17 +105,20 @@ def duplicates(found: Iterable[Picture]) -> list[list[str]]:
     return sorted(sorted(group) for group in groups.values() if len(group) > 1)
 
 
-def swap_decisions(texts: Mapping[str, str], off: Iterable[str]) -> dict[str, list[str]]:
+def swap_decisions(
+    texts: Mapping[str, str], flips: Mapping[str, str | None], off: Iterable[str]
+) -> dict[str, list[str]]:
     """{decision: names}: what was decided about the mirror image of each picture.
 
     Args:
       texts: {name: caption}.
+      flips: of the plan (`mirrored`).
       off: names whose flip the user switched off.
     """
     kinds: dict[str, list[str]] = {kind: [] for kind in (SWAPPED, KEPT, PLAIN, DOUBT, OFF)}
     off = set(off)
     for name, text in texts.items():
-        swapped = captions.swap(text)
+        swapped = flips.get(name, text)
         if name in off:
             kinds[OFF].append(name)
         elif swapped is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from encode import captions, images
 from encode.records import PRECOMPUTED, InputError
 
-log = logging.getLogger(__name__)
 # May change while a run goes on: they decide how fast it is, and which files fail, but not what a record holds.
 FREE = ("images", "out", "batch_size", "vae.path", "text.path", "vision.path")
 FREE += (
@@ -49,17 +47,13 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def refuse_difference(out: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def refuse_difference(out: Path, plan: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """InputError where records of two kinds would lie beside each other.
 
-    Older rules for captions are no other kind: each shard's part says by which its captions were mirrored.
+    Other rules for captions are no other kind where the plan holds what was decided by them, or its records do, being older.
     """
-    begun, now = map(_swap_version, (stored, wanted))
-    if 0 < begun < now:
-        log.warning(
-            "%s was begun when the rules for left and right in captions were of version %d; they are of version %d now. What is "
-            "encoded stays as it is, what is encoded from now on follows today's.", out, begun, now,
-        )  # fmt: skip
+    stored = plan["fingerprint"]
+    if "flips" in plan or 0 < _swap_version(stored) < _swap_version(wanted):
         stored = stored | {"rules": stored["rules"] | {"captions": wanted["rules"]["captions"]}}
     if listed := differences(stored, wanted):
         if stored.get("rules") != wanted.get("rules") and not differences(
@@ -79,6 +73,11 @@ def _swap_version(stored: Mapping[str, Any]) -> int:
     """Of the rules for captions; 0 where it cannot be told."""
     name, _, version = str(stored.get("rules", {}).get("captions", "")).rpartition(" ")
     return int(version) if name == SWAP and version.isdecimal() else 0
+
+
+def older_captions(plan: Mapping[str, Any]) -> bool:
+    """Whether a plan was begun with other rules for captions than today's."""
+    return plan["fingerprint"]["rules"]["captions"] != rules()["captions"]
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

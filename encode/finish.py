@@ -17,6 +17,7 @@ from encode.source import Problem
 from encode.whole_files import write_json, write_text
 
 log = logging.getLogger(__name__)
+EARLIER = "by the rules of when it was encoded"
 
 
 def finish(context: Any, plan, jobs: Sequence[Any], parts: Sequence[Mapping], refused: Sequence[Problem]) -> None:
@@ -78,8 +79,8 @@ def _unflipped(context: Any, plan: Mapping[str, Any], names: Sequence[str]) -> s
         caption = plan["inputs"][name]
         if name in switched_off or not context.config.flip:
             reason = "switched off"
-        elif captions.swap(caption) is None:
-            reason = captions.doubt(caption)
+        elif plan["flips"].get(name, caption) is None:
+            reason = captions.doubt(caption) if captions.swap(caption) is None else EARLIER
         else:
             continue
         lines.append(json.dumps({"file": name, "caption": caption, "reason": reason}, ensure_ascii=False) + "\n")

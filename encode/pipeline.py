@@ -14,11 +14,11 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from encode import fingerprint, images, prepare, recaption, records
+from encode import fingerprint, images, mirrored, prepare, recaption, records
 from encode import plan as plan_rules
 from encode.finish import finish, is_finished
 from encode.plan import Stopped
@@ -104,6 +104,9 @@ def begin(
     inputs, unflipped = plan["inputs"], set(plan["unflipped"])
     items = {name: Item(name, folder / name, (inputs[name],), flip=name not in unflipped) for name in planned}
     items |= {item.id: item for item in collection.items}
+    for name in planned:
+        caption = items[name].caption(config.seed)
+        items[name] = replace(items[name], mirror=plan["flips"].get(name, caption) if items[name].flip else None)
     others, cells, width = collection.others, plan["cells"], plan["vision_width"]
     context = Context(config, folder, out, encoders, workers, items, others, cells, width, stop)
     jobs = [Job(tuple(job["bucket"]), job["shard"], tuple(map(tuple, job["items"]))) for job in plan["shards"]]
@@ -183,11 +186,15 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
                 f"{path}: schema version {plan.get('schema')} found, this program writes version {records.SCHEMA}; "
                 "encode into a new folder."
             )
-        fingerprint.refuse_difference(out, plan["fingerprint"], wanted)
+        fingerprint.refuse_difference(out, plan, wanted)
         parts = []
         for part in sorted((out / "parts").glob("[!.]*.json")):
             with contextlib.suppress(InputError):  # a damaged one is named when its turn comes
                 parts.append(read_part(part) | {"written": part.stat().st_mtime_ns})
+        undecided = "flips" not in plan
+        if undecided:  # a plan of before they were kept
+            older = fingerprint.older_captions(plan)
+            plan["flips"] = mirrored.taken_up(config, out, plan, parts) if older else mirrored.decide(plan["inputs"])
         known = plan | {"written": path.stat().st_mtime_ns}
         again = plan_rules.retried(config, known, parts, collection)
         refused = plan_rules.refusals(known, parts)
@@ -197,7 +204,7 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
             changes, unfinished = recaption.accept(config, out, plan, collection, changed, refused)
             plan |= changes
         new = plan_rules.added(folder, out, plan, collection, refused, again)
-        if not new and not changed:
+        if not new and not changed and not undecided:
             return plan
         before = plan["inputs"].keys() - set(changed)
         if new:
@@ -205,6 +212,7 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
     else:
         before, unfinished, plan = (), [], {"schema": records.SCHEMA, "fingerprint": wanted}
         plan |= plan_rules.make_plan(config, collection, workers, stop)
+        _take_up_what_is_encoded(config, out, plan)
         plan["vision_width"] = plan["vision_width"] or encoders.vision.width
     # Before the plan is stored: from then on captions must stay what they are.
     added = {entry[0] for shard in plan["shards"] for entry in shard["items"]}.difference(before)
@@ -219,6 +227,16 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
         for size in config.resolutions if unfinished else ():
             (out / str(size) / "dataset.json").unlink(missing_ok=True)
     return plan
+
+
+def _take_up_what_is_encoded(config: Any, out: Path, plan: dict[str, Any]) -> None:
+    """A plan that was lost is made again with the mirrored captions of its records, and the name of their rules."""
+    if any((out / str(size)).is_dir() for size in config.resolutions):
+        plan["flips"] = mirrored.taken_up(config, out, plan, ())
+    for size in config.resolutions:
+        with contextlib.suppress(InputError, FileNotFoundError, KeyError):
+            begun = records.read_json(out / str(size) / "dataset.json", "")["fingerprint"]["captions"]
+            plan["fingerprint"]["rules"]["captions"] = begun
 
 
 def read_part(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from encode import buckets, images, prepare
+from encode import buckets, images, mirrored, prepare
 from encode.progress import Progress
 from encode.records import InputError, bucket_name
 from encode.source import Collection, Item, Problem
@@ -78,6 +78,7 @@ def grow(config: Any, plan: Mapping, new: Sequence[Item], workers: Workers, stop
         # What is tried again is tried once more only when it is another file than now.
         "again": plan.get("again", {}) | {item.id: _stamp(item) for item in new if item.id in plan["inputs"]},
         "unflipped": sorted({*plan["unflipped"]} - names | {*inputs["unflipped"]}),
+        "flips": {name: flip for name, flip in plan["flips"].items() if name not in names} | inputs["flips"],
     }
 
 
@@ -177,10 +178,12 @@ def _shapes(config: Any, cells: int, sizes: Sizes) -> list[buckets.Shape]:
 
 
 def _inputs(config: Any, items: Sequence[Item]) -> dict:
-    """What a plan keeps of its pictures, refused ones included: captions and lengths of the files by id, and the ids that
-    must not be mirrored."""
+    """What a plan keeps of its pictures, refused ones included: captions and lengths of the files by id, the ids that
+    must not be mirrored, and mirrored captions."""
+    texts = {item.id: item.caption(config.seed) for item in items}
     return {
-        "inputs": {item.id: item.caption(config.seed) for item in items},
+        "inputs": texts,
+        "flips": mirrored.decide(texts) if config.flip else {},
         "bytes": {item.id: size_of(item.path) for item in items},
         "unflipped": sorted(item.id for item in items if not item.flip),
     }

@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from encode import buckets, records
+from encode import buckets, mirrored, records
 from encode import plan as plan_rules
 from encode.records import InputError
 from encode.source import Collection
@@ -85,4 +85,8 @@ def accept(
         for size in config.resolutions:
             bucket = records.bucket_name(*buckets.pixels(shape, plan["cells"], size))
             done.append(records.index_path(out / str(size), bucket, number))
-    return {"mended_from": before, "inputs": inputs, "unflipped": sorted({*plan["unflipped"]} - changing | still)}, done
+    flips = {name: flip for name, flip in plan["flips"].items() if name not in changing}
+    if config.flip:
+        flips |= mirrored.decide({name: inputs[name] for name in names})
+    unflipped = sorted({*plan["unflipped"]} - changing | still)
+    return {"mended_from": before, "inputs": inputs, "unflipped": unflipped, "flips": flips}, done

@@ -16,13 +16,7 @@ from encode.whole_files import whole_file, write_json
 
 
 class Changed(ValueError):
-    """Photographs, or rules, are no longer what a shard was encoded with, so it would be another one."""
-
-
-def by_todays_rules(data: Data, shard: Shard) -> bool:
-    """Whether its captions were mirrored as they would be now."""
-    rules = data.rules_of(shard)
-    return rules.swap or not rules.flip
+    """Photographs are no longer what was encoded, so a shard made from them would be another one."""
 
 
 def encode_again(
@@ -42,23 +36,18 @@ def encode_again(
       names of the files written.
 
     Raises:
-      Changed: a photograph or caption is not what was encoded, or would be mirrored otherwise; nothing was written.
+      Changed: a photograph or caption is not what was encoded; nothing was written.
     """
     part, _ = dataset_check.read_part(shard)
     part = None if part_damaged else part
     known = {row[0]: row[1] for row in part["records"]} if part else {}
-    lengths = {row[0]: row[2:4] for row in part["records"]} if part else {}
     beside = {} if part else _beside(data, shard, found, shard_damaged)
     for other in beside.values():
         known |= dict(zip(other.ids, other.hashes()))
-        lengths |= {name: [*both] for name, both in zip(other.ids, other.lengths)}
     sizes = [data.resolution] if part else list(context.config.resolutions)
     made = _encode(context, shard, sizes, step)
     fresh = made.part
     _refuse_changed(data, fresh, known, whole=part is not None)
-    if not by_todays_rules(data, shard):
-        _refuse_other_mirroring(fresh, lengths)
-        fresh.pop("captions")  # of older ones
     values = {size: stats.merge(made.sums[size]) for size in sizes if made.sums[size]}
     values |= {size: other.sums for size, other in beside.items() if other.sums}
     totals = {str(size): values[size].to_json() for size in context.config.resolutions if size in values}
@@ -83,7 +72,7 @@ def _beside(data: Data, shard: Shard, found: Found, shard_damaged: bool) -> dict
             other = data.at(size)
             place = other.shards[number]
             read = shard_check.look(
-                other.path(place), other.latent(place.bucket), data.rules_of(place), lambda: False, lambda _: None
+                other.path(place), other.latent(place.bucket), data.rules, lambda: False, lambda _: None
             )
             if not read.problems:
                 beside[size] = read
@@ -103,15 +92,6 @@ def _encode(
             pipeline.encode_batch(context, shard.job, number, batch, made)
             step(planned)
     return made
-
-
-def _refuse_other_mirroring(fresh: Mapping[str, Any], lengths: Mapping[str, Sequence[int]]) -> None:
-    """Compare the tokens of captions and of their mirrored ones with those that were encoded, as far as anything tells."""
-    if other := [row[0] for row in fresh["records"] if row[2:4] != lengths.get(row[0])]:
-        raise Changed(
-            f"today's rules for left and right mirror {len(other)} of its captions otherwise, the first that of {other[0]}; "
-            "check out the version of this program that it was encoded with, and give the same command there"
-        )
 
 
 def _refuse_changed(data: Data, fresh: Mapping[str, Any], known: Mapping[str, str], whole: bool) -> None:

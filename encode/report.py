@@ -60,7 +60,7 @@ def build(
     truncated = [name for part in parts for name in part["truncated"]]
     copies = facts.duplicates(found)
     off = [row.name for row in found if not context.config.flip or not context.items[row.name].flip]
-    swaps = facts.swap_decisions(texts, off)
+    swaps = facts.swap_decisions(texts, plan["flips"], off)
     title = _title({one: datasets[one]["count"] for one in sizes})
     body = [
         f"<h1>{text(title)}</h1>",
@@ -72,7 +72,7 @@ def build(
         section("Stretch", _stretch(context, found, max(sizes)), STRETCH_NOTE),
         section("Resolutions", _resolutions(context, found, datasets), RESOLUTIONS_NOTE),
         section("Caption lengths", _lengths(context, found, texts, truncated), LENGTHS_NOTE),
-        section("Left and right", _swaps(swaps, texts, context.config.seed), SWAP_NOTE),
+        section("Left and right", _swaps(swaps, texts, plan["flips"], context.config.seed), SWAP_NOTE),
         section("Latent channels", readback.channels(context, jobs, parts, datasets), LATENT_NOTE),
         section("Exact duplicates", _duplicates(context, copies), DUPLICATES_NOTE),
         section("Other files", _others(context.others), OTHERS_NOTE) if context.others else "",
@@ -289,13 +289,15 @@ def _lengths(context: Any, found: Sequence, texts: Mapping[str, str], truncated:
     return f"{drawing}{summary}<h3>Cut to the limit</h3>{items(lines)}"
 
 
-def _swaps(kinds: Mapping[str, Sequence[str]], texts: Mapping[str, str], seed: int) -> str:
+def _swaps(
+    kinds: Mapping[str, Sequence[str]], texts: Mapping[str, str], flips: Mapping[str, str | None], seed: int
+) -> str:
     colours = {facts.SWAPPED: "bar", facts.KEPT: "pale", facts.PLAIN: "grey", facts.DOUBT: "rust", facts.OFF: "mark"}
     shown = [(name, len(found), colours[name]) for name, found in kinds.items() if found or name != facts.OFF]
     parts = [charts.strip(shown), charts.legend(shown)]
     for kind in (facts.SWAPPED, facts.KEPT, facts.DOUBT):
-        unique = {texts[name] for name in kinds[kind]}
-        lines = [_example(value, kind) for value in facts.drawn(unique, seed, 6, "swap")]
+        unique = {texts[name]: flips.get(name) for name in kinds[kind]}
+        lines = [_example(value, unique[value], kind) for value in facts.drawn(unique, seed, 6, "swap")]
         if lines:
             rest = more(len(unique) - len(lines), what=" such captions")
             rest += "<p class=soft>All of them stand in unflipped.jsonl.</p>" if kind == facts.DOUBT else ""
@@ -303,9 +305,9 @@ def _swaps(kinds: Mapping[str, Sequence[str]], texts: Mapping[str, str], seed: i
     return "".join(parts)
 
 
-def _example(caption: str, kind: str) -> str:
+def _example(caption: str, flip: str | None, kind: str) -> str:
     if kind == facts.SWAPPED:
-        old, new = changes(caption, captions.swap(caption))
+        old, new = changes(caption, flip)
         return f"<bdi>{old}</bdi><br><bdi>{new}</bdi>"
     parts, place = [], 0
     why = re.search(re.escape(captions.doubt(caption)), caption, re.IGNORECASE) if kind == facts.DOUBT else None

@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from encode import buckets, captions, images, prepare, records, stats
+from encode import buckets, images, prepare, records, stats
 from encode import plan as plan_rules
 from encode.plan import Stopped, WorkFailed
 from encode.progress import Progress, Speed, out_of_memory
@@ -128,8 +128,7 @@ class Encoded:
 
     Attributes:
       rows, sums: {resolution: records}, {resolution: sums of batches}.
-      part: what the end of the run needs of them: those that were refused, those whose captions were cut, ids and hashes, and
-        the version of the rules by which captions were mirrored.
+      part: what the end of the run needs of them: those that were refused, those whose captions were cut, ids and hashes.
     """
 
     rows: dict[int, list[dict[str, Any]]]
@@ -139,7 +138,7 @@ class Encoded:
     @classmethod
     def nothing(cls, resolutions: Sequence[int]) -> Encoded:
         rows, sums = ({size: [] for size in resolutions} for _ in range(2))
-        return cls(rows, sums, {"quarantine": [], "truncated": [], "records": [], "captions": captions.RULES})
+        return cls(rows, sums, {"quarantine": [], "truncated": [], "records": []})
 
 
 def batches(
@@ -191,7 +190,7 @@ def encode_shard(context: Context, job: Job, read: Iterator, progress: Progress)
         context.encoders.prove()
     part["stats"] = {size: stats.merge(sums).to_json() for size, sums in made.sums.items() if sums}
     if len(missing) < len(config.resolutions) and not _is_as_written(context.part(job), part):
-        missing = list(config.resolutions)  # pictures or rules have changed since a stop between two of them
+        missing = list(config.resolutions)  # pictures have changed since a stop between two of them
         for size in missing:
             context.index(job, size).unlink(missing_ok=True)
     write_json(context.part(job), part)
@@ -202,10 +201,9 @@ def encode_shard(context: Context, job: Job, read: Iterator, progress: Progress)
 
 
 def _is_as_written(path: Path, part: dict[str, Any]) -> bool:
-    """Whether the file of a shard that has been written in part tells of the same pictures, mirrored by the same rules."""
+    """Whether the file of a shard that has been written in part tells of the same pictures."""
     try:
-        found = records.read_json(path, "")
-        return all(found[name] == part[name] for name in ("records", "captions"))
+        return records.read_json(path, "")["records"] == part["records"]
     except (OSError, InputError, KeyError):
         return False
 
@@ -218,7 +216,7 @@ def encode_batch(context: Context, job: Job, number: int, batch: Sequence, made:
     bucket = context.bucket(job.shape, max(config.resolutions))
     where = f"bucket {bucket}, shard {job.number}, batch {number} ({batch[0][0].id} to {batch[-1][0].id})"
     plain = [item.caption(config.seed) for item, _ in batch]
-    flips = [captions.swap(text) if config.flip and item.flip else None for text, (item, _) in zip(plain, batch)]
+    flips = [item.mirror if config.flip else None for item, _ in batch]
     others = sorted({flip for flip, text in zip(flips, plain) if flip and flip != text})
     with _blaming("text encoder", where):
         tokens = [

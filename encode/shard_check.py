@@ -34,10 +34,11 @@ class Rules:
     Attributes:
       text, vision: widths.
       flip: mirror images were encoded; without it they are copies, and caption_flip is empty.
-      swap: whether caption_flip can be compared: it was made with the rules that captions.py holds now.
+      swap: whether caption_flip can be compared without `flips`: it was made with the rules that captions.py holds now.
       own_vectors: the vision vectors are precomputed: whatever the user gave is right, zeros too.
       inputs: {id: caption} as planned; None where there is no plan.
       unflipped: ids that must not be mirrored; None where that is not known.
+      flips: of the plan (`mirrored`); None where it has none.
     """
 
     text: int
@@ -47,6 +48,7 @@ class Rules:
     own_vectors: bool
     inputs: Mapping[str, str] | None
     unflipped: frozenset[str] | None
+    flips: Mapping[str, str | None] | None
 
 
 @dataclass
@@ -214,7 +216,11 @@ def _wrong_words(record: Mapping[str, Any], rules: Rules) -> str | None:
     name, caption, flip = record["id"], record["caption"], record["caption_flip"]
     if rules.inputs is not None and rules.inputs.get(name) != caption:
         return f"caption is {caption[:80]!r}, the plan has {rules.inputs.get(name, '')[:80]!r}"
-    right = (captions.swap(caption) or "") if rules.flip and rules.swap else flip
+    right = flip
+    if rules.flips is not None:
+        right = rules.flips.get(name, caption) or ""
+    elif rules.swap:
+        right = captions.swap(caption) or ""
     if not rules.flip or name in (rules.unflipped or ()):
         right = ""
     if flip != right and (

@@ -44,6 +44,7 @@ class Item:
       vision: file with a precomputed vision vector (.npy, or .json with the key dino), if there is one.
       vision_flip: the same of the mirrored picture.
       flip: whether it may be mirrored; "flip": false in its NAME.json or metadata row says no.
+      mirror: what its mirror image is called, of a planned picture; None: it is never mirrored.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Item:
     vision: Path | None = None
     vision_flip: Path | None = None
     flip: bool = True
+    mirror: str | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from encode import facts, page, pipeline, readback, records, report
+from encode import facts, mirrored, page, pipeline, readback, records, report
 from encode.source import Problem
 from tests.encode import fakes
 
@@ -318,6 +318,7 @@ def test_a_page_about_twenty_thousand_pictures_stays_small(monkeypatch):
     }
     datasets = {128: dataset | {"count": 20_000}, 256: dataset | {"count": 6_680}}
     plan = {"inputs": {name: f"picture {i % 5000}, dark on the left" for i, name in enumerate(names)}}
+    plan["flips"] = mirrored.decide(plan["inputs"])
     html = report.build(context, plan, jobs, parts, refused, datasets)
     assert not _Balanced(html).open
     assert opened

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from encode import charts, facts
+from encode import charts, facts, mirrored
 from encode.source import Problem
 
 
@@ -65,7 +65,7 @@ def test_token_classes_hold_every_caption_once(longest):
 
 def test_swap_decisions_tell_the_switched_off_from_the_doubtful():
     texts = {"a": "on the left", "b": "cake left on a plate", "c": "a cat", "d": '"turn left"', "e": "on the right"}
-    kinds = facts.swap_decisions(texts, ["e"])
+    kinds = facts.swap_decisions(texts, mirrored.decide(texts), ["e"])
     assert kinds == {facts.SWAPPED: ["a"], facts.KEPT: ["b"], facts.PLAIN: ["c"], facts.DOUBT: ["d"], facts.OFF: ["e"]}
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from encode import captions, doctor, pipeline, plan, progress, records, report, stats
+from encode.records import InputError
 from tests.encode import fakes
 
 RESOLUTIONS = (128, 256)
@@ -481,60 +482,88 @@ def test_pictures_that_change_between_two_resolutions_of_a_shard_leave_one_data_
     assert records.load_dataset(out / "128")["count"] == 5
 
 
-def _older_rules(monkeypatch):
-    """As before the rules for captions changed: none of these was mirrored."""
-    monkeypatch.setattr(captions, "RULES", captions.RULES - 1)
-    monkeypatch.setattr(captions, "swap", lambda caption: None)
+def _older(images, out, monkeypatch, **changes):
+    """A data set of before the rules for captions changed, and before plans kept what was decided: kept, doubted, swapped."""
 
+    def swap(caption):
+        return (caption, None, "mirrored")[int(caption.split()[1].rstrip(",")) % 3]
 
-def test_older_rules_for_captions_keep_no_new_photographs_back_and_what_is_encoded_stays(tmp_path, monkeypatch, caplog):
-    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
     with monkeypatch.context() as older:
-        _older_rules(older)
-        _run(images, out)
-    for part in (out / "parts").glob("*.json"):  # of before they named the rules
-        part.write_text(json.dumps({k: v for k, v in json.loads(part.read_text()).items() if k != "captions"}))
+        older.setattr(captions, "RULES", captions.RULES - 1)
+        older.setattr(captions, "swap", swap)
+        _run(images, out, **changes)
+    plan = json.loads((out / "plan.json").read_text("utf-8"))
+    plan.pop("flips")
+    (out / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+
+
+def _flips(out, size):
+    return {name: record["caption_flip"].decode() for name, record in _records(out, size).items()}
+
+
+def _examined(out, size, **changes):
+    verdict = doctor.examine(doctor.Call(out / str(size), **changes), lambda config: fakes.encoders())
+    return verdict.damages, verdict.notes
+
+
+def test_older_rules_for_captions_keep_no_new_photographs_back_and_what_is_encoded_stays(tmp_path, monkeypatch):
+    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
+    _older(images, out, monkeypatch)
     before, old = _times(out), json.loads((out / "128" / "dataset.json").read_text())
     _add(images, 6, 6)
     assert _run(images, out).encoded == 12
-    assert "What is encoded stays as it is" in caplog.text
     assert before.items() <= _times(out).items()
-    flips = {name: record["caption_flip"].decode() for name, record in _records(out, 128).items()}
-    assert {name for name, flip in flips.items() if not flip} == {f"{number:03d}.png" for number in range(6)}
+    flips = _flips(out, 128)
+    assert [flips[f"{number:03d}.png"] for number in range(3)] == ["picture 0, dark on the left", "", "mirrored"]
     assert flips["006.png"] == "picture 6, dark on the right"
     assert json.loads((out / "128" / "dataset.json").read_text())["fingerprint"] == old["fingerprint"]
-
-    def check(**changes):
-        return doctor.examine(doctor.Call(out / "256", **changes), lambda config: fakes.encoders())
-
-    verdict = check(reencode=100)
-    assert (verdict.damages, verdict.notes, verdict.records) == ([], [], 12)
-    shards = sorted(path for path in (out / "256").rglob("*array_record-*") if "index" not in path.name)
-    sound = {path: path.read_bytes() for path in shards}
-    for path, content in sound.items():
-        path.write_bytes(content[:-1000])
-    assert len(check(reencode=0, repair=True).damages) == 3
-    assert [path.read_bytes() == sound[path] for path in shards] == [False, True] * 3
-    assert "mirror 2 of its captions otherwise" in " ".join(check(reencode=0, repair=True).notes)
-
-
-def test_a_shard_whose_captions_older_rules_mirrored_as_todays_do_is_mended_to_the_same_bytes(tmp_path, monkeypatch):
-    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
-    with monkeypatch.context() as older:
-        older.setattr(captions, "RULES", captions.RULES - 1)
-        _run(images, out)
+    unflipped = [json.loads(line) for line in (out / "unflipped.jsonl").read_text("utf-8").splitlines()]
+    assert [(row["file"], row["reason"]) for row in unflipped] == [
+        (name, "by the rules of when it was encoded") for name in ("001.png", "004.png")
+    ]
     sound = fakes.tree(out)
-    parts = sorted((out / "parts").glob("*.json"))
-    parts[0].unlink()
-    for path in sorted((out / "256").rglob("*array_record-00000"))[1:]:
+    assert _examined(out, 256, reencode=100) == ([], [])
+    for path in (out / "256").rglob("latents-*"):
         path.write_bytes(path.read_bytes()[:-1000])
-    call = doctor.Call(out / "256", reencode=0, repair=True)
-    verdict = doctor.examine(call, lambda config: fakes.encoders())
-    assert (verdict.damages, verdict.notes, len(verdict.mended)) == ([], [], 3)
-    part = json.loads(sound[str(parts[0].relative_to(out))])
-    assert json.loads(parts[0].read_text()) == {name: value for name, value in part.items() if name != "captions"}
-    sound.pop(str(parts[0].relative_to(out)))
+    assert _examined(out, 256, reencode=0, repair=True) == ([], [])
+    assert fakes.tree(out) == sound
+
+
+@pytest.mark.parametrize("lost", ["shard", "part", "index", "plan", "part and shard"])
+def test_what_is_lost_of_a_data_set_of_older_rules_comes_back_as_it_was(tmp_path, monkeypatch, lost):
+    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
+    _older(images, out, monkeypatch)
+    sound = fakes.tree(out)
+    for name in ("plan.json", "unflipped.jsonl"):  # which keep the decisions now, and say what made them
+        sound.pop(name)
+    if "shard" in lost:
+        shard = next((out / "256").rglob("latents-*"))
+        shard.write_bytes(shard.read_bytes()[:-1000])
+    if "part" in lost:
+        next((out / "parts").glob("*.json")).unlink()
+    if lost == "index":
+        next((out / "256").glob("index-*")).unlink()
+    if lost == "plan":
+        (out / "plan.json").unlink()
+    if lost in ("index", "plan"):
+        _run(images, out)
+    assert _examined(out, 256, reencode=100, repair=True) == ([], [])
+    assert _examined(out, 128, reencode=100) == ([], [])
+    _run(images, out)
     assert sound.items() <= fakes.tree(out).items()
+
+
+def test_records_that_alone_knew_how_older_rules_mirrored_are_not_guessed(tmp_path, monkeypatch):
+    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
+    _older(images, out, monkeypatch)
+    for size in RESOLUTIONS:
+        shard = next(path for path in (out / str(size)).rglob("latents-*") if path.parts[-3].endswith(str(size)))
+        shard.write_bytes(b"")
+    before = fakes.tree(out)
+    with pytest.raises(InputError, match=r"how theirs were mirrored, cannot be read.*Check out the version"):
+        _run(images, out)
+    assert any("cannot be read at any resolution" in note for note in _examined(out, 256, reencode=0, repair=True)[1])
+    assert fakes.tree(out) == before
 
 
 def test_rules_that_change_between_two_resolutions_of_a_shard_leave_one_data_set(tmp_path, monkeypatch):
@@ -545,16 +574,15 @@ def test_rules_that_change_between_two_resolutions_of_a_shard_leave_one_data_set
             raise OSError(28, "No space left on device")
         write(root, *rest)
 
-    with monkeypatch.context() as older:
-        older.setattr(records, "write_shard", full)
-        older.setattr(captions, "RULES", captions.RULES - 1)
-        older.setattr(captions, "swap", lambda caption: caption[::-1])  # as many tokens
+    with monkeypatch.context() as other:
+        other.setattr(records, "write_shard", full)
+        other.setattr(captions, "RULES", captions.RULES + 1)  # of tomorrow, or of yesterday
+        other.setattr(captions, "swap", lambda caption: caption[::-1])
         with pytest.raises(pipeline.WorkFailed):
             _run(images, out, shard_size=100)
     _run(images, out, shard_size=100)
-    found = [{name: record["caption_flip"] for name, record in _records(out, size).items()} for size in RESOLUTIONS]
-    assert found[0] == found[1]
-    assert found[0]["000.png"] == b"picture 0, dark on the right"
+    assert _flips(out, 128) == _flips(out, 256)
+    assert _flips(out, 128)["000.png"] == "tfel eht no krad ,0 erutcip"
 
 
 def test_a_refused_picture_of_a_wrong_date_is_tried_once_more_and_not_for_ever(tmp_path):

@@ -1,0 +1,104 @@
+"""What each picture's mirror image is called: decided once, when it is planned, and kept in plan.json.
+
+The rules of captions.py get better with versions of this program; what is encoded, and what a stop or a damage leaves to encode,
+stays what it was decided to be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordReader
+from tensorflow_datasets.proto import tf_example_pb2
+
+from encode import buckets, captions, records
+from encode.progress import Progress
+from encode.records import InputError
+from encode.shard_check import UNREADABLE
+
+log = logging.getLogger(__name__)
+Flips = dict[str, str | None]  # of the pictures whose mirror image is not called the same; None: never mirrored
+
+
+def decide(texts: Mapping[str, str]) -> Flips:
+    """By today's rules; texts are captions by id."""
+    return {name: flip for name, text in texts.items() if (flip := captions.swap(text)) != text}
+
+
+def taken_up(config: Any, out: Path, plan: Mapping[str, Any], parts: Sequence[Mapping]) -> Flips:
+    """The decisions of a plan of before they were kept: as the records say, by today's rules where nothing is encoded.
+
+    Args:
+      config: of the run.
+      out: config.out.
+      plan: as it is stored, with older rules, or new, in the place of one that was lost.
+      parts: of finished shards.
+
+    Raises:
+      InputError: a record that there must be cannot be read at any resolution.
+    """
+    if not config.flip:
+        return {}
+    inputs, found = plan["inputs"], _as_encoded(config, out, plan)
+    unknown = {row[0] for part in parts for row in part["records"]} & inputs.keys() - found.keys()
+    if unknown:
+        raise InputError(
+            f"{out} was begun when the rules for left and right in captions were older, and the records of {len(unknown)} "
+            f"pictures, the first {min(unknown)}, which say how theirs were mirrored, cannot be read at any resolution. Check "
+            "out the version of this program that it was begun with, and mend them there (encode.doctor --repair); nothing "
+            "was changed."
+        )
+    for name in plan["unflipped"]:  # switched off by hand
+        found.pop(name, None)
+    told = {name: flip or None for name, flip in found.items()}
+    flips = {name: told[name] if name in told else captions.swap(text) for name, text in inputs.items()}
+    return {name: flip for name, flip in flips.items() if flip != inputs[name]}
+
+
+def _as_encoded(config: Any, out: Path, plan: Mapping[str, Any]) -> dict[str, str]:
+    """The mirrored caption of every record that can be read, by id; "" where there is none."""
+    places = []
+    for shard in plan["shards"]:
+        shape = tuple(shard["bucket"])
+        named = [
+            (size, records.bucket_name(*buckets.pixels(shape, plan["cells"], size))) for size in config.resolutions
+        ]
+        paths = [records.shard_path(out / str(size), name, shard["shard"]) for size, name in sorted(named)]
+        if paths := [path for path in paths if path.exists()]:
+            places.append(({entry[0] for entry in shard["items"]}, paths))
+    count = sum(len(names) for names, _ in places)
+    if count:
+        log.info("Reading from %d records how their captions were mirrored, once.", count)
+    progress, found = Progress("records read", count, count), {}
+    for names, paths in places:
+        here: dict[str, str] = {}
+        for path in paths:
+            if not names <= here.keys():
+                here |= _flips_in(path)
+        found |= here
+        progress.step(len(names))
+    return found
+
+
+def _flips_in(path: Path) -> dict[str, str]:
+    """Of the records of one shard, as far as they can be read."""
+    found = {}
+    try:
+        reader = ArrayRecordReader(str(path))
+        places = range(reader.num_records())
+    except UNREADABLE:
+        return {}
+    for place in places:
+        try:
+            values = tf_example_pb2.Example.FromString(reader.read([place])[0]).features.feature
+            name, flip = ((*values[field].bytes_list.value, b"")[0].decode("utf-8") for field in ("id", "caption_flip"))
+        except Exception:  # damaged; protobuf's own DecodeError derives from Exception alone
+            continue
+        found[name] = flip
+    with contextlib.suppress(*UNREADABLE):
+        reader.close()
+    return found
