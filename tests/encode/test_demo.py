@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encode import captions, demo, images, source
+from encode import captions, demo, demo_encoders, images, source
 from encode.demo_encoders import oklab
 from encode.records import InputError
 
@@ -136,3 +136,10 @@ def test_more_than_a_hundred_show_the_same_compositions_in_other_lights():
     for scene in many:
         lights.setdefault(scene.caption, set()).add((scene.hue, scene.strength))
     assert sum(len(seen) > 1 for seen in lights.values()) > 90
+
+
+def test_the_vectors_second_number_is_the_deviation_of_the_lightness():
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:, :4] = 255  # lightness 0 and 1: its mean is 0.5, its deviation too
+    vector = demo_encoders.DemoVision(64).encode([pixels])[0]
+    np.testing.assert_allclose(vector[:2], [0, (0.5 - 0.18) / 0.08], atol=1e-5)

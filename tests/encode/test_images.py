@@ -444,3 +444,10 @@ def test_a_picture_of_just_as_many_pixels_as_are_allowed_is_taken(tmp_path):
     assert images.decode(tmp_path / "a.png", 1200).shape == (30, 40, 3)
     with pytest.raises(images.ImageProblem, match=r"too many pixels: 40 x 30, config\.max_pixels is 1199"):
         images.size(tmp_path / "a.png", 1199)
+
+
+def test_pictures_are_made_smaller_by_lanczos_as_the_data_set_says():
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 160, 3), np.uint8)
+    wanted = Image.fromarray(pixels).resize((64, 32), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    assert "Lanczos, reducing gap 3" in images.RESIZE_RULE
+    np.testing.assert_array_equal(images.resize(pixels, 64, 32), np.asarray(wanted))

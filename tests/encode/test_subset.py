@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -568,3 +569,8 @@ def test_of_pictures_with_as_much_light_the_smaller_name_counts():
     found.captions[:] = [b"same"] * 6
     found.ids[:] = ["f", "e", "d", "c", "b", "a"]
     assert [found.ids[i] for i in selection.choose(found, 1).chosen] == ["a"]
+
+
+@pytest.mark.parametrize(("size", "wanted"), [((640, 320), 1.0), ((640, 640), 2.0), ((320, 640), 4.0)])
+def test_distortion_is_by_what_one_side_is_stretched(size, wanted):
+    assert subset._distortion("128x64", [SimpleNamespace(size=size)], False) == wanted

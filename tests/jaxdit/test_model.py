@@ -500,3 +500,15 @@ def test_each_layer_and_each_null_condition_begins_with_draws_of_its_own():
         assert (layer["kernel"][0] != layer["kernel"][1]).any()
     for name in ("null_text", "null_vision"):
         assert 0.3 < np.std(params[name]) < 3
+
+
+def test_a_loss_that_is_not_finite_moves_nothing_though_its_gradients_are_finite():
+    optimizer = optim.make_optimizer(lambda _: 1e-2, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.03, clip_norm=1.0)
+    state = update.state_of(optimizer, jax.jit(partial(model.initial_parameters, SETTINGS, 0))())
+    total = update.new_total(state["params"])
+    total |= {"gradients": jax.tree.map(jnp.ones_like, state["params"]), "loss": jnp.float32(jnp.inf)}
+    new, _ = jax.jit(partial(update.apply_update, optimizer, lambda _: 1e-2, 0.9999, 4))(state, total)
+    for name in ("params", "ema", "opt_state", "updates"):
+        for one, other in zip(*map(jax.tree.leaves, (state[name], new[name])), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert int(new["voided"]) == 1

@@ -453,3 +453,17 @@ def test_the_micro_batch_that_is_named_is_that_of_the_bucket_which_fits_least():
     config.train.batch_size = math.lcm(*fits)
     told = forecast.screen([given], given, device, 60.0, {}).split("at most ")[1]
     assert told.startswith(f"{min(fits)} with remat none") and min(fits) < max(fits)
+
+
+def test_days_weigh_each_bucket_by_its_images():
+    config = full.get_config("256")
+    (stage,), device = plan.read_stages(config, f"{FULL}:256", None)[:1], plan.look_at("RTX 4090", 24, config, False)
+    small = stage.buckets[0]
+    large = replace(small, name="large", latent=(2 * small.latent[0], 2 * small.latent[1], 16))
+
+    def days(*images):
+        each = [replace(bucket, images=count) for bucket, count in zip((small, large), images) if count]
+        given = replace(stage, buckets=each)
+        return float(rows_of(forecast.screen([given], given, device, 400.0, {}), "Stages")[f"{FULL}:256"][5])
+
+    assert days(900, 100) == pytest.approx(0.9 * days(900, 0) + 0.1 * days(0, 100), rel=0.02)

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import exported_run
 import jax
@@ -235,3 +236,20 @@ def test_references_are_mixed_by_their_shares_whatever_their_sum(by_reference):
     finally:
         by_reference.register_to_config(normalize_vision=kept)
     np.testing.assert_allclose(found, 0.75 * vectors[0] + 0.25 * vectors[1], rtol=1e-5, atol=1e-6)
+
+
+def test_prompts_of_other_lengths_leave_each_other_alone_and_copies_stand_side_by_side(by_reference):
+    noise = torch.randn(1, 16, 6, 8, generator=torch.Generator().manual_seed(0))
+    draw = partial(by_reference, output_type="latent", guidance_text=3.0, **OPTIONS)
+    long, short = (draw(prompt, latents=noise).images for prompt in (PROMPT, "A cat."))
+    assert (long - short).abs().max() > 1e-3
+    found = draw([PROMPT, "A cat."], latents=noise.repeat(4, 1, 1, 1), num_images_per_prompt=2).images
+    torch.testing.assert_close(found, torch.cat([long, long, short, short]), rtol=1e-4, atol=1e-4)
+
+
+def test_pixels_are_the_vaes_values_by_the_formula():
+    values = torch.linspace(-1.2, 1.2, 3 * 64).reshape(1, 3, 8, 8)
+    vae = SimpleNamespace(dtype=torch.float32, decode=lambda latents: SimpleNamespace(sample=values))
+    found = encoders.decode({"name": "flux"}, vae, torch.zeros(1, 16, 1, 1))
+    wanted = np.clip(np.round((values.numpy() + 1) * np.float32(127.5)), 0, 255).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(found, wanted.astype(np.uint8))
