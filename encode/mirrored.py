@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from encode.records import InputError
 from encode.shard_check import UNREADABLE
 
 log = logging.getLogger(__name__)
+FIELDS = ("id", "caption", "caption_flip")
 Flips = dict[str, str | None]  # of the pictures whose mirror image is not called the same; None: never mirrored
 
 
@@ -29,7 +30,9 @@ def decide(texts: Mapping[str, str]) -> Flips:
     return {name: flip for name, text in texts.items() if (flip := captions.swap(text)) != text}
 
 
-def taken_up(config: Any, out: Path, plan: Mapping[str, Any], parts: Sequence[Mapping]) -> Flips:
+def taken_up(
+    config: Any, out: Path, plan: Mapping[str, Any], parts: Sequence[Mapping], going_on: Callable[[], None]
+) -> Flips:
     """The decisions of a plan of before they were kept: as the records say, by today's rules where nothing is encoded.
 
     Args:
@@ -37,13 +40,14 @@ def taken_up(config: Any, out: Path, plan: Mapping[str, Any], parts: Sequence[Ma
       out: config.out.
       plan: as it is stored, with older rules, or new, in the place of one that was lost.
       parts: of finished shards.
+      going_on: called between records; raises where a stop was asked for.
 
     Raises:
       InputError: a record that there must be cannot be read at any resolution.
     """
     if not config.flip:
         return {}
-    inputs, found = plan["inputs"], _as_encoded(config, out, plan)
+    inputs, found = plan["inputs"], _as_encoded(config, out, plan, going_on)
     unknown = {row[0] for part in parts for row in part["records"]} & inputs.keys() - found.keys()
     if unknown:
         raise InputError(
@@ -54,13 +58,13 @@ def taken_up(config: Any, out: Path, plan: Mapping[str, Any], parts: Sequence[Ma
         )
     for name in plan["unflipped"]:  # switched off by hand
         found.pop(name, None)
-    told = {name: flip or None for name, flip in found.items()}
+    told = {name: flip or None for name, (caption, flip) in found.items() if caption == inputs.get(name)}
     flips = {name: told[name] if name in told else captions.swap(text) for name, text in inputs.items()}
     return {name: flip for name, flip in flips.items() if flip != inputs[name]}
 
 
-def _as_encoded(config: Any, out: Path, plan: Mapping[str, Any]) -> dict[str, str]:
-    """The mirrored caption of every record that can be read, by id; "" where there is none."""
+def _as_encoded(config: Any, out: Path, plan: Mapping[str, Any], going_on) -> dict[str, tuple[str, str]]:
+    """The caption and the mirrored one of every record that can be read, by id; "" where there is none."""
     places = []
     for shard in plan["shards"]:
         shape = tuple(shard["bucket"])
@@ -75,16 +79,16 @@ def _as_encoded(config: Any, out: Path, plan: Mapping[str, Any]) -> dict[str, st
         log.info("Reading from %d records how their captions were mirrored, once.", count)
     progress, found = Progress("records read", count, count), {}
     for names, paths in places:
-        here: dict[str, str] = {}
+        here: dict[str, tuple[str, str]] = {}
         for path in paths:
             if not names <= here.keys():
-                here |= _flips_in(path)
+                here |= _captions_in(path, going_on)
         found |= here
         progress.step(len(names))
     return found
 
 
-def _flips_in(path: Path) -> dict[str, str]:
+def _captions_in(path: Path, going_on) -> dict[str, tuple[str, str]]:
     """Of the records of one shard, as far as they can be read."""
     found = {}
     try:
@@ -93,12 +97,13 @@ def _flips_in(path: Path) -> dict[str, str]:
     except UNREADABLE:
         return {}
     for place in places:
+        going_on()
         try:
             values = tf_example_pb2.Example.FromString(reader.read([place])[0]).features.feature
-            name, flip = ((*values[field].bytes_list.value, b"")[0].decode("utf-8") for field in ("id", "caption_flip"))
+            fields = [(*values[name].bytes_list.value, b"")[0].decode("utf-8") for name in FIELDS]
         except Exception:  # damaged; protobuf's own DecodeError derives from Exception alone
             continue
-        found[name] = flip
+        found[fields[0]] = fields[1], fields[2]
     with contextlib.suppress(*UNREADABLE):
         reader.close()
     return found

@@ -15,6 +15,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,10 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
                 parts.append(read_part(part) | {"written": part.stat().st_mtime_ns})
         undecided = "flips" not in plan
         if undecided:  # a plan of before they were kept
-            older = fingerprint.older_captions(plan)
-            plan["flips"] = mirrored.taken_up(config, out, plan, parts) if older else mirrored.decide(plan["inputs"])
+            if fingerprint.older_captions(plan):
+                plan["flips"] = mirrored.taken_up(config, out, plan, parts, partial(_going_on, stop))
+            else:
+                plan["flips"] = mirrored.decide(plan["inputs"])
         known = plan | {"written": path.stat().st_mtime_ns}
         again = plan_rules.retried(config, known, parts, collection)
         refused = plan_rules.refusals(known, parts)
@@ -212,7 +215,7 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
     else:
         before, unfinished, plan = (), [], {"schema": records.SCHEMA, "fingerprint": wanted}
         plan |= plan_rules.make_plan(config, collection, workers, stop)
-        _take_up_what_is_encoded(config, out, plan)
+        _take_up_what_is_encoded(config, out, plan, stop)
         plan["vision_width"] = plan["vision_width"] or encoders.vision.width
     # Before the plan is stored: from then on captions must stay what they are.
     added = {entry[0] for shard in plan["shards"] for entry in shard["items"]}.difference(before)
@@ -229,12 +232,17 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
     return plan
 
 
-def _take_up_what_is_encoded(config: Any, out: Path, plan: dict[str, Any]) -> None:
+def _going_on(stop: Callable[[], bool]) -> None:
+    if stop():
+        raise Stopped
+
+
+def _take_up_what_is_encoded(config: Any, out: Path, plan: dict[str, Any], stop: Callable[[], bool]) -> None:
     """A plan that was lost is made again with the mirrored captions of its records, and the name of their rules."""
     if any((out / str(size)).is_dir() for size in config.resolutions):
-        plan["flips"] = mirrored.taken_up(config, out, plan, ())
+        plan["flips"] = mirrored.taken_up(config, out, plan, (), partial(_going_on, stop))
     for size in config.resolutions:
-        with contextlib.suppress(InputError, FileNotFoundError, KeyError):
+        with contextlib.suppress(InputError, FileNotFoundError, KeyError, TypeError):
             begun = records.read_json(out / str(size) / "dataset.json", "")["fingerprint"]["captions"]
             plan["fingerprint"]["rules"]["captions"] = begun
 

@@ -553,6 +553,15 @@ def test_what_is_lost_of_a_data_set_of_older_rules_comes_back_as_it_was(tmp_path
     assert sound.items() <= fakes.tree(out).items()
 
 
+def test_a_stop_while_records_are_read_for_what_older_rules_decided_changes_nothing(tmp_path, monkeypatch):
+    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
+    _older(images, out, monkeypatch)
+    before, asked = fakes.tree(out), iter([False] * 3)
+    with pytest.raises(pipeline.Stopped):
+        _run(images, out, stop=lambda: next(asked, True))
+    assert fakes.tree(out) == before
+
+
 def test_records_that_alone_knew_how_older_rules_mirrored_are_not_guessed(tmp_path, monkeypatch):
     images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
     _older(images, out, monkeypatch)
