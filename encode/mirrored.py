@@ -17,8 +17,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from encode import buckets, captions, records
 from encode.progress import Progress
-from encode.records import InputError
-from encode.shard_check import UNREADABLE
+from encode.records import UNREADABLE, InputError
 
 log = logging.getLogger(__name__)
 FIELDS = ("id", "caption", "caption_flip")

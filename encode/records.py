@@ -33,6 +33,7 @@ DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float
 INDEX_DTYPE = np.dtype([("pixel_hash", "S32"), ("text_length", "<i4"), ("text_flip_length", "<i4"), ("flags", "u1")])
 CAN_FLIP, HAS_MASK = 1, 2  # bits of the index column "flags"
 PRECOMPUTED = {"id": "precomputed"}  # fingerprint of vision vectors that were given: nobody knows their encoder
+UNREADABLE = (RuntimeError, ValueError, IndexError, OSError)  # what ArrayRecordReader raises of a damaged shard
 ARRAYS = ("latent", "latent_flip", "text", "text_flip", "vision", "vision_flip", "mask")
 STRINGS = ("id", "caption", "caption_flip", "pixel_hash")
 

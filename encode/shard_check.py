@@ -20,11 +20,11 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from encode import captions, records, stats
 from encode.plan import Stopped
+from encode.records import UNREADABLE
 
 TOGETHER = 16  # records in memory at a time
 REWRITTEN = 2**25  # bytes of a shard that is small enough to be written again for a comparison
 STRANGE = 16  # bytes; a writer of another version changes the hash of every record, and so more than this
-UNREADABLE = (RuntimeError, ValueError, IndexError, OSError)
 
 
 @dataclass(frozen=True)

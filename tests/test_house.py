@@ -1,6 +1,7 @@
 """The rules of the house as tests: imports go down only, the wall between the halves, no unsafe loading."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,19 @@ def test_imports_go_down_and_stay_on_their_side(path):
                 floor = {name: level for level, names in enumerate(FLOORS) for name in names}
                 below = module.split(".")[1]
                 assert floor[below] > floor[room], f"{room} imports {below}"
+
+
+@pytest.mark.parametrize("package", ["encode", "torch_dit"])
+def test_no_file_needs_itself_to_be_imported(package):
+    needs = {}
+    for path in (ROOT / package).glob("*.py"):
+        names = set()
+        for node in ast.parse(path.read_text()).body:  # at the top alone: inside a function there is time
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+                inner = node.module.removeprefix(package).removeprefix(".")
+                names |= {inner} if inner else {alias.name for alias in node.names}
+        needs[path.stem] = names - {"__init__"}
+    graphlib.TopologicalSorter(needs).prepare()  # raises CycleError with the files
 
 
 def test_ray_is_optional():
