@@ -96,14 +96,12 @@ def test_imports_go_down_and_stay_on_their_side(path):
 
 @pytest.mark.parametrize("package", ["encode", "torch_dit"])
 def test_no_file_needs_itself_to_be_imported(package):
-    needs = {}
-    for path in (ROOT / package).glob("*.py"):
-        names = set()
-        for node in ast.parse(path.read_text()).body:  # at the top alone: inside a function there is time
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
-                inner = node.module.removeprefix(package).removeprefix(".")
-                names |= {inner} if inner else {alias.name for alias in node.names}
-        needs[path.stem] = names - {"__init__"}
+    needs = {
+        path.stem: {
+            module.split(".")[1] for module, at_top in imports(path) if at_top and module.startswith(f"{package}.")
+        }
+        for path in (ROOT / package).glob("*.py")
+    }
     graphlib.TopologicalSorter(needs).prepare()  # raises CycleError with the files
 
 
