@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import io
 import logging
 import os
 import re
@@ -61,8 +62,15 @@ def run(main: Callable[..., int], *, config: str | None = None, interrupted: boo
         # File names are UTF-8 to the libraries that write; Python alone would read them in the locale's encoding.
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a picture's name that the terminal lacks ends no work
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        given, raw = sys.stdout, _Output(sys.stdout.fileno(), "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(
+            raw if given.write_through else io.BufferedWriter(raw),
+            given.encoding,
+            errors="backslashreplace",  # a picture's name that the terminal lacks ends no work
+            line_buffering=given.line_buffering,
+            write_through=given.write_through,
+        )
     absl_logging.use_absl_handler()
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     absl_logging.set_verbosity(absl_logging.INFO)
@@ -70,10 +78,10 @@ def run(main: Callable[..., int], *, config: str | None = None, interrupted: boo
     logging.getLogger("absl").setLevel(logging.WARNING)
     for noisy in ("orbax", "jax", "tensorflow_datasets", "grain"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    code = 0
     try:
         if {"--help", "-help", "-h"} & set(sys.argv[1:]):
             print(_help(config))
+            code = 0
         else:
             options = _parse(config)
             code = main(options) if config else main()
@@ -83,8 +91,6 @@ def run(main: Callable[..., int], *, config: str | None = None, interrupted: boo
     except KeyboardInterrupt:
         fail("interrupted before everything was saved; the same command goes on from what was saved last.")
         os._exit(1)  # threads that are still writing would fill pages when the interpreter ends them
-    except BrokenPipeError:
-        os._exit(code)  # who reads the output has seen enough
     except OSError as error:
         if error.errno is None:
             raise
@@ -98,6 +104,17 @@ def run(main: Callable[..., int], *, config: str | None = None, interrupted: boo
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+class _Output(io.FileIO):
+    """The standard output; where its reader has seen enough (| head), the work goes on unheard to its own exit code."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
 
 
 def file_problem(error: OSError) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from encode import buckets, captions, records
+from encode import buckets, captions, mirrored, records
 from encode.pipeline import Job
 from encode.records import InputError
 from encode.shard_check import Rules
@@ -89,7 +89,11 @@ def load(root: Path) -> Data:
     out, plan, own, unread = root.parent, None, None, ""
     if (out / "plan.json").exists():
         plan = read_json(out / "plan.json")
-        if not isinstance(plan, dict) or plan.get("schema") != records.SCHEMA or not plan.get("shards"):
+        if (
+            not isinstance(plan, dict)
+            or plan.get("schema") not in (records.SCHEMA, records.PLAN)
+            or not plan.get("shards")
+        ):
             raise InputError(f"{out / 'plan.json'}: not readable as a plan; nothing can be judged without it.")
     if (root / "dataset.json").exists():
         own = read_json(root / "dataset.json")
@@ -185,5 +189,5 @@ def _rules(plan, own, config: Mapping[str, Any], widths: Mapping[str, int]) -> R
         own_vectors=bool(config["vision"].get("precomputed")),
         inputs=plan["inputs"] if plan else None,
         unflipped=frozenset(plan["unflipped"]) if plan and "unflipped" in plan else None,
-        flips=plan.get("flips") if plan else None,
+        flips=plan["flips"] if plan and mirrored.kept(plan) else None,
     )

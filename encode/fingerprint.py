@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from encode import captions, images
+from encode import captions, images, mirrored
 from encode.records import PRECOMPUTED, InputError
 
 # May change while a run goes on: they decide how fast it is, and which files fail, but not what a record holds.
@@ -53,7 +53,7 @@ def refuse_difference(out: Path, plan: Mapping[str, Any], wanted: Mapping[str, A
     Other rules for captions are no other kind where the plan holds what was decided by them, or its records do, being older.
     """
     stored = plan["fingerprint"]
-    if "flips" in plan or 0 < _swap_version(stored) < _swap_version(wanted):
+    if mirrored.kept(plan) or 0 < _swap_version(stored) < _swap_version(wanted):
         stored = stored | {"rules": stored["rules"] | {"captions": wanted["rules"]["captions"]}}
     if listed := differences(stored, wanted):
         if stored.get("rules") != wanted.get("rules") and not differences(

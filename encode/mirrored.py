@@ -24,6 +24,11 @@ FIELDS = ("id", "caption", "caption_flip")
 Flips = dict[str, str | None]  # of the pictures whose mirror image is not called the same; None: never mirrored
 
 
+def kept(plan: Mapping[str, Any]) -> bool:
+    """Whether a plan holds the decisions; one that an older program has written since keeps some that are of the past."""
+    return plan.get("schema") == records.PLAN and isinstance(plan.get("flips"), dict)
+
+
 def decide(texts: Mapping[str, str]) -> Flips:
     """By today's rules; texts are captions by id."""
     return {name: flip for name, text in texts.items() if (flip := captions.swap(text)) != text}
@@ -46,8 +51,14 @@ def taken_up(
     """
     if not config.flip:
         return {}
-    inputs, found = plan["inputs"], _as_encoded(config, out, plan, going_on)
-    unknown = {row[0] for part in parts for row in part["records"]} & inputs.keys() - found.keys()
+    places = _written(config, out, plan)
+    inputs, found = plan["inputs"], _as_encoded(places, going_on)
+    begun = {name for names, _ in places for name in names}
+    unknown = (
+        {row[0] for part in parts for row in part["records"]}
+        & begun
+        & inputs.keys() - found.keys() - {*plan["unflipped"]}
+    )
     if unknown:
         raise InputError(
             f"{out} was begun when the rules for left and right in captions were older, and the records of {len(unknown)} "
@@ -62,20 +73,25 @@ def taken_up(
     return {name: flip for name, flip in flips.items() if flip != inputs[name]}
 
 
-def _as_encoded(config: Any, out: Path, plan: Mapping[str, Any], going_on) -> dict[str, tuple[str, str]]:
-    """The caption and the mirrored one of every record that can be read, by id; "" where there is none."""
+def _written(config: Any, out: Path, plan: Mapping[str, Any]) -> list[tuple[set[str], list[Path]]]:
+    """(pictures, files) of the shards that an index calls finished; what has none is written anew, whatever it says."""
     places = []
     for shard in plan["shards"]:
         shape = tuple(shard["bucket"])
         named = [
             (size, records.bucket_name(*buckets.pixels(shape, plan["cells"], size))) for size in config.resolutions
         ]
-        paths = [records.shard_path(out / str(size), name, shard["shard"]) for size, name in sorted(named)]
-        if paths := [path for path in paths if path.exists()]:
+        roots = [(out / str(size), name, shard["shard"]) for size, name in sorted(named)]
+        if paths := [records.shard_path(*one) for one in roots if records.index_path(*one).exists()]:
             places.append(({entry[0] for entry in shard["items"]}, paths))
+    return places
+
+
+def _as_encoded(places: Sequence[tuple[set[str], list[Path]]], going_on) -> dict[str, tuple[str, str]]:
+    """The caption and the mirrored one of every record that can be read, by id; "" where there is none."""
     count = sum(len(names) for names, _ in places)
     if count:
-        log.info("Reading from %d records how their captions were mirrored, once.", count)
+        log.info("Reading from %d records how their captions were mirrored.", count)
     progress, found = Progress("records read", count, count), {}
     for names, paths in places:
         here: dict[str, tuple[str, str]] = {}

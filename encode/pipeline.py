@@ -106,8 +106,8 @@ def begin(
     items = {name: Item(name, folder / name, (inputs[name],), flip=name not in unflipped) for name in planned}
     items |= {item.id: item for item in collection.items}
     for name in planned:
-        caption = items[name].caption(config.seed)
-        items[name] = replace(items[name], mirror=plan["flips"].get(name, caption) if items[name].flip else None)
+        mirror = plan["flips"].get(name, inputs[name]) if items[name].flip else None
+        items[name] = replace(items[name], captions=(inputs[name],), mirror=mirror)
     others, cells, width = collection.others, plan["cells"], plan["vision_width"]
     context = Context(config, folder, out, encoders, workers, items, others, cells, width, stop)
     jobs = [Job(tuple(job["bucket"]), job["shard"], tuple(map(tuple, job["items"]))) for job in plan["shards"]]
@@ -182,9 +182,9 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
     if path.exists():
         advice = "remove it and run again: the same photographs give the same plan"
         plan = records.read_json(path, advice)
-        if plan.get("schema") != records.SCHEMA:
+        if plan.get("schema") not in (records.SCHEMA, records.PLAN):
             raise InputError(
-                f"{path}: schema version {plan.get('schema')} found, this program writes version {records.SCHEMA}; "
+                f"{path}: schema version {plan.get('schema')} found, this program writes version {records.PLAN}; "
                 "encode into a new folder."
             )
         fingerprint.refuse_difference(out, plan, wanted)
@@ -192,7 +192,7 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
         for part in sorted((out / "parts").glob("[!.]*.json")):
             with contextlib.suppress(InputError):  # a damaged one is named when its turn comes
                 parts.append(read_part(part) | {"written": part.stat().st_mtime_ns})
-        undecided = "flips" not in plan
+        undecided = not mirrored.kept(plan)
         if undecided:  # a plan of before they were kept
             if fingerprint.older_captions(plan):
                 plan["flips"] = mirrored.taken_up(config, out, plan, parts, partial(_going_on, stop))
@@ -213,7 +213,7 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
         if new:
             plan |= plan_rules.grow(config, plan, new, workers, stop)
     else:
-        before, unfinished, plan = (), [], {"schema": records.SCHEMA, "fingerprint": wanted}
+        before, unfinished, plan = (), [], {"fingerprint": wanted}
         plan |= plan_rules.make_plan(config, collection, workers, stop)
         _take_up_what_is_encoded(config, out, plan, stop)
         plan["vision_width"] = plan["vision_width"] or encoders.vision.width
@@ -226,7 +226,7 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
         for file in unfinished:  # before the plan: killed in between, the same call begins them again
             file.unlink(missing_ok=True)
         (out / "parts").mkdir(exist_ok=True)
-        write_json(path, plan)
+        write_json(path, plan | {"schema": records.PLAN})
         for size in config.resolutions if unfinished else ():
             (out / str(size) / "dataset.json").unlink(missing_ok=True)
     return plan

@@ -26,6 +26,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from encode.whole_files import whole_file
 
 SCHEMA = 1
+PLAN = 2  # of plan.json: since 2 it keeps "flips", which programs that know 1 alone would leave behind
 VERSION = "1.0.0"
 SPLIT = "train"
 SHARD_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"  # no total in the name: new photographs add shards

@@ -58,8 +58,28 @@ def test_the_first_signal_asks_the_second_stops_at_once_and_nohup_is_heeded():
 
 @pytest.mark.parametrize(("words", "code"), [("--help", 0), ("--data=/nowhere", 2)])
 def test_an_output_that_is_closed_or_read_by_nobody_changes_no_exit_code(words, code):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    for closed in (">&-", "2>&-", ">&- 2>&-", "| true", "2>&1 | true"):
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for closed in (">&-", "<&- >&-", "2>&-", ">&- 2>&-", "| true", "2>&1 | true"):
         line = f"{sys.executable} -m encode.doctor {words} {closed}; exit ${{PIPESTATUS[0]}}"
-        done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert (done.returncode, "Traceback" in done.stderr + done.stdout) == (code, False), closed
+        for environment in (buffered, buffered | {"PYTHONUNBUFFERED": "1"}):
+            done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True)
+            assert (done.returncode, "Traceback" in done.stderr + done.stdout) == (code, False), closed
+
+
+def test_a_reader_who_leaves_ends_no_work_and_changes_no_exit_code(tmp_path):
+    program = """
+import sys
+from encode import commandline
+def main():
+    for _ in range(20_000):
+        print("words " * 5)
+    print("the last", flush=True)
+    open("done", "w").write("done")
+    return 3
+commandline.run(main)
+"""
+    (tmp_path / "program.py").write_text(program)
+    line = f"{sys.executable} program.py | head -1; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, (tmp_path / "done").read_text(), done.stderr) == (3, "done", "")

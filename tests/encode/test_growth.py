@@ -494,6 +494,7 @@ def _older(images, out, monkeypatch, **changes):
         _run(images, out, **changes)
     plan = json.loads((out / "plan.json").read_text("utf-8"))
     plan.pop("flips")
+    plan["schema"] = 1
     (out / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
 
 

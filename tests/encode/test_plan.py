@@ -54,6 +54,7 @@ def test_other_rules_are_another_version_of_the_program_not_a_field_to_set_back(
     if what == "captions":  # newer ones, of which nothing says what they decided
         written = json.loads((tmp_path / "out" / "plan.json").read_text("utf-8"))
         written.pop("flips")
+        written["schema"] = 1
         (tmp_path / "out" / "plan.json").write_text(json.dumps(written), encoding="utf-8")
     with pytest.raises(
         InputError, match=r"begun by another version of this program.*: rules\..* was .*What is encoded stays"
