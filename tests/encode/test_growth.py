@@ -492,10 +492,14 @@ def _older(images, out, monkeypatch, **changes):
         older.setattr(captions, "RULES", captions.RULES - 1)
         older.setattr(captions, "swap", swap)
         _run(images, out, **changes)
+    _as_before(out)
+
+
+def _as_before(out):
+    """The plan as programs wrote it that kept no decisions."""
     plan = json.loads((out / "plan.json").read_text("utf-8"))
     plan.pop("flips")
-    plan["schema"] = 1
-    (out / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    (out / "plan.json").write_text(json.dumps(plan | {"schema": 1}), encoding="utf-8")
 
 
 def _flips(out, size):
@@ -561,6 +565,38 @@ def test_a_stop_while_records_are_read_for_what_older_rules_decided_changes_noth
     with pytest.raises(pipeline.Stopped):
         _run(images, out, stop=lambda: next(asked, True))
     assert fakes.tree(out) == before
+
+
+def test_a_set_of_older_rules_that_was_stopped_before_its_first_shard_goes_on(tmp_path, monkeypatch):
+    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as older:
+        older.setattr(records, "write_shard", full)
+        older.setattr(captions, "RULES", captions.RULES - 1)
+        with pytest.raises(pipeline.WorkFailed):
+            _run(images, out)
+    assert list((out / "parts").glob("*.json"))
+    _as_before(out)
+    assert _run(images, out).encoded == 6
+    assert _flips(out, 128)["000.png"] == "picture 0, dark on the right"
+
+
+def test_a_shard_is_encoded_with_the_captions_of_the_plan(tmp_path, monkeypatch):
+    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
+    whole = (images / "000.png").read_bytes()
+    (images / "000.png").write_bytes(whole[:100])
+    _run(images, out)
+    (images / "000.png").write_bytes(whole)
+    (images / "000.txt").write_text("a cow on the right")  # of what is refused a caption may change
+    monkeypatch.setattr(plan, "retried", lambda *_: set())
+    for index in out.glob("*/index-*"):
+        index.unlink()
+    _run(images, out)
+    assert _flips(out, 128)["000.png"] == "picture 0, dark on the right"
+    assert _records(out, 128)["000.png"]["caption"] == b"picture 0, dark on the left"
 
 
 def test_records_that_alone_knew_how_older_rules_mirrored_are_not_guessed(tmp_path, monkeypatch):
