@@ -185,7 +185,7 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
         if plan.get("schema") not in (records.SCHEMA, records.PLAN):
             raise InputError(
                 f"{path}: schema version {plan.get('schema')} found, this program writes version {records.PLAN}; "
-                "encode into a new folder."
+                "go on with the version of it that was there last, or encode into a new folder."
             )
         fingerprint.refuse_difference(out, plan, wanted)
         parts = []

@@ -278,7 +278,7 @@ def test_another_schema_is_refused_in_one_line(tmp_path):
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     (tmp_path / "out" / "plan.json").write_text(json.dumps(plan | {"schema": 99}))
     with pytest.raises(
-        InputError, match="schema version 99 found, this program writes version 1; encode into a new folder"
+        InputError, match="schema version 99 found, this program writes version 2; go on with the version of it that"
     ):
         _run(images, tmp_path / "out")
 
