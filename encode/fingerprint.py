@@ -75,11 +75,6 @@ def _swap_version(stored: Mapping[str, Any]) -> int:
     return int(version) if name == SWAP and version.isdecimal() else 0
 
 
-def older_captions(plan: Mapping[str, Any]) -> bool:
-    """Whether a plan was begun with other rules for captions than today's."""
-    return plan["fingerprint"]["rules"]["captions"] != rules()["captions"]
-
-
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Where two fingerprints differ, the first five fields; empty if they are the same."""
     old, new = (_flat(side) for side in (stored, wanted))

@@ -21,6 +21,7 @@ from encode.records import UNREADABLE, InputError
 
 log = logging.getLogger(__name__)
 FIELDS = ("id", "caption", "caption_flip")
+MANY = 10_000  # captions: seconds, of which a line is said
 Flips = dict[str, str | None]  # of the pictures whose mirror image is not called the same; None: never mirrored
 
 
@@ -31,6 +32,8 @@ def kept(plan: Mapping[str, Any]) -> bool:
 
 def decide(texts: Mapping[str, str]) -> Flips:
     """By today's rules; texts are captions by id."""
+    if len(texts) >= MANY:
+        log.info("Judging left and right in %d captions, which takes up to half a minute for 100,000.", len(texts))
     return {name: flip for name, text in texts.items() if (flip := captions.swap(text)) != text}
 
 

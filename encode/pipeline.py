@@ -194,7 +194,7 @@ def _plan(config, folder: Path, out: Path, collection: Collection, encoders, wor
                 parts.append(read_part(part) | {"written": part.stat().st_mtime_ns})
         undecided = not mirrored.kept(plan)
         if undecided:  # a plan of before they were kept
-            if fingerprint.older_captions(plan):
+            if plan["fingerprint"]["rules"] != wanted["rules"]:  # older ones
                 plan["flips"] = mirrored.taken_up(config, out, plan, parts, partial(_going_on, stop))
             else:
                 plan["flips"] = mirrored.decide(plan["inputs"])

@@ -45,6 +45,18 @@ def _times(out):
     }
 
 
+def _full_disk(*sizes):
+    """records.write_shard where the disk takes nothing more of these resolutions."""
+    write = records.write_shard
+
+    def full(root, *rest):
+        if root.name in sizes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(root, *rest)
+
+    return full
+
+
 def test_new_photographs_alone_are_encoded_and_counted_in(tmp_path):
     images, out = fakes.photographs(tmp_path / "in", 10), tmp_path / "out"
     _run(images, out)
@@ -461,17 +473,10 @@ def test_a_picture_that_changed_after_it_was_planned_is_tried_again(tmp_path):
 
 
 def test_pictures_that_change_between_two_resolutions_of_a_shard_leave_one_data_set(tmp_path, monkeypatch):
-    images, out, write = fakes.photographs(tmp_path / "in", 6), tmp_path / "out", records.write_shard
-
-    def full(root, *rest):
-        if root.name == "256":
-            raise OSError(28, "No space left on device")
-        write(root, *rest)
-
-    monkeypatch.setattr(records, "write_shard", full)
-    with pytest.raises(pipeline.WorkFailed):
+    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
+    with monkeypatch.context() as disk, pytest.raises(pipeline.WorkFailed):
+        disk.setattr(records, "write_shard", _full_disk("256"))
         _run(images, out, shard_size=100)
-    monkeypatch.setattr(records, "write_shard", write)
     (images / "003.png").unlink()
     with Image.open(images / "005.png") as image:
         Image.new("RGB", image.size, "blue").save(images / "005.png")
@@ -570,11 +575,8 @@ def test_a_stop_while_records_are_read_for_what_older_rules_decided_changes_noth
 def test_a_set_of_older_rules_that_was_stopped_before_its_first_shard_goes_on(tmp_path, monkeypatch):
     images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as older:
-        older.setattr(records, "write_shard", full)
+        older.setattr(records, "write_shard", _full_disk("128", "256"))
         older.setattr(captions, "RULES", captions.RULES - 1)
         with pytest.raises(pipeline.WorkFailed):
             _run(images, out)
@@ -613,15 +615,9 @@ def test_records_that_alone_knew_how_older_rules_mirrored_are_not_guessed(tmp_pa
 
 
 def test_rules_that_change_between_two_resolutions_of_a_shard_leave_one_data_set(tmp_path, monkeypatch):
-    images, out, write = fakes.photographs(tmp_path / "in", 6), tmp_path / "out", records.write_shard
-
-    def full(root, *rest):
-        if root.name == "256":
-            raise OSError(28, "No space left on device")
-        write(root, *rest)
-
+    images, out = fakes.photographs(tmp_path / "in", 6), tmp_path / "out"
     with monkeypatch.context() as other:
-        other.setattr(records, "write_shard", full)
+        other.setattr(records, "write_shard", _full_disk("256"))
         other.setattr(captions, "RULES", captions.RULES + 1)  # of tomorrow, or of yesterday
         other.setattr(captions, "swap", lambda caption: caption[::-1])
         with pytest.raises(pipeline.WorkFailed):
